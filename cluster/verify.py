@@ -22,7 +22,7 @@ def verify(url: str, *, key: str | None) -> list[str]:
     Raises:
         InputError: It is damaged, differs from the pin, or is not signed by this key; names every problem.
     """
-    reference = resolve(parse_reference(url))
+    reference = resolve(parse_reference(url), is_fresh=True)
     storage = Storage(reference.url)
     if not storage.exists(MANIFEST):
         raise InputError(

@@ -35,7 +35,7 @@ from p2r.artefact_manifest import Manifest as Manifest
 from p2r.artefact_manifest import ModelManifest as ModelManifest
 from p2r.artefact_manifest import Provenance as Provenance
 from p2r.documents import checked, read_json, way_out
-from p2r.errors import CheckpointError, DamagedError, InputError, StorageError
+from p2r.errors import CheckpointError, DamagedError, InputError
 from p2r.pointers import resolve
 from p2r.recent import find, read_bounded, read_current
 from p2r.reference import Reference
@@ -116,23 +116,14 @@ class Artefact:
         return str(Reference(self.storage.url, self.sha256))
 
     def read(self, role: Role) -> bytes:
-        """Return the content of a file, hashed after reading, so that it cannot be exchanged between check and use.
+        """Return the content of a file, as `Storage.read_hashed`.
 
         Raises:
             DamagedError: The file is absent, or is not the one that the manifest names.
+            StorageError: It cannot be read.
         """
         entry = self.manifest.files.entries()[role]
-        path = self.storage.local(entry.name, sha256=entry.sha256, num_bytes=entry.num_bytes)
-        try:
-            with path.open("rb") as file:
-                content = file.read(entry.num_bytes + 1)
-        except OSError as error:
-            raise StorageError(f"cannot read {self.storage.at(entry.name)}: {error}") from error
-        if hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise DamagedError(
-                f"{self.storage.at(entry.name)} does not have the sha256 of its manifest: it is damaged; publish it again"
-            )
-        return content
+        return self.storage.read_hashed(entry.name, sha256=entry.sha256, num_bytes=entry.num_bytes)
 
     def problems(self) -> list[str]:
         """Read all named files, and return one line per problem found."""
@@ -186,17 +177,18 @@ def open_artefact(
         reference: Location of the folder, with an optional pin of its manifest; or of the versions, with a pointer.
         format: Required format, `p2r-backbone` or `p2r-model`; None: either.
         key: Public key that must have signed the manifest; None: no signature required.
-        is_fresh: Read the manifest from the storage, whatever this machine has read before.
+        is_fresh: Read pointer and manifest from the storage, whatever this machine has read before.
 
     Raises:
-        StorageError: The manifest is absent, differs from the pin, or is not signed by this key.
+        DamagedError: The manifest is absent, was put out of use, differs from the pin, or is not signed by this key.
+        StorageError: It cannot be read.
         CheckpointError: The manifest is not one of the required format.
     """
-    reference = resolve(reference)
+    reference = resolve(reference, is_fresh=is_fresh)
     storage = Storage(reference.url)
     content = _read_manifest(storage, reference, is_fresh=is_fresh)
     if content is None:
-        raise StorageError(
+        raise DamagedError(
             f"{storage.url} holds no manifest.json: give the folder of one published version, such as backbones/NAME/1"
         )
     manifest = _parse(content, reference, where=storage.at(MANIFEST), needed=format)
@@ -216,7 +208,7 @@ def _read_manifest(storage: Storage, reference: Reference, *, is_fresh: bool) ->
 
 def _parse(content: bytes, reference: Reference, *, where: str, needed: str | None) -> Manifest:
     if (removed := removed_on(content)) is not None:
-        raise StorageError(f"{where} was put out of use by p2r gc on {removed}: choose another version")
+        raise DamagedError(f"{where} was put out of use by p2r gc on {removed}: choose another version")
     try:
         reference.check(content)
     except DamagedError as error:

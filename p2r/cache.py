@@ -155,6 +155,12 @@ class ShardCache:
             ) from error
         return lease
 
+    def drop(self, sha256: str, num_bytes: int) -> None:
+        """Remove a cached file with wrong content: the next lease fetches it again."""
+        with suppress(OSError):
+            if (lease := self._lease_cached(sha256, num_bytes)) is not None:
+                lease.drop()
+
     def _lease_cached(self, name: str, num_bytes: int) -> Lease | None:
         """Lease a cached file. Waits only while another process moves or evicts it."""
         target = self.folder / name
@@ -183,6 +189,9 @@ class ShardCache:
         try:
             with os.fdopen(handle, "r+b", closefd=False) as file:
                 storage.fetch(path, file, sha256=sha256, num_bytes=num_bytes)
+            os.fsync(
+                handle
+            )  # the file already has its final size: after a power failure nothing would tell that it is empty
             with (
                 self._lock_folder()
             ):  # a concurrent count must find the file under one of its names, and nothing may evict it

@@ -27,6 +27,7 @@ _DISK_FULL = re.compile(
     r"No space left on device|Disk quota exceeded|basic_ios::clear: iostream error|PytorchStreamWriter failed"
 )
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_TEMPORARY = re.compile(r"\.tmp-[a-z0-9_]{8}")
 _FORMULA = re.compile(r"(?:^|(?<=[,;|\"]))(?=\s*[=+\-@\uff0b\uff0d\uff1d\uff20])")
 """Places where a spreadsheet could begin a formula: at the start of a cell, or after any character that it may take for a separator."""
 
@@ -51,10 +52,25 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def expanded(path: Path) -> Path:
+    """Return a path with the home folder in place of `~` or `~USER`.
+
+    Raises:
+        StorageError: There is no such home folder.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise StorageError(f"{str(path)!r}: there is no home folder for its ~; write the whole path") from None
+
+
 def mark_used(file: Path | int) -> None:
-    """Set the times of a file or open handle to now. A file of another user, in a shared folder, keeps its times."""
+    """Set the times of a file or open handle to now, if that is possible.
+
+    The times of another user's file, or on a read-only file system, stay. The file may have been evicted by another process.
+    """
     # The file system would use its last clock tick, milliseconds ago, which cannot order uses that follow one another closely.
-    with suppress(PermissionError):
+    with suppress(OSError):
         os.utime(file, ns=(time.time_ns(),) * 2)
 
 
@@ -102,6 +118,11 @@ def replacing(target: Path) -> Iterator[Path]:
     with temporary_beside(target) as temporary:
         yield temporary
         temporary.replace(target)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file has the name of a `temporary_beside`, which a killed writer leaves."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from p2r.documents import read_json
-from p2r.errors import InputError, StorageError
+from p2r.errors import DamagedError, InputError, StorageError
 
 SCHEME = "hf://"
 MANIFEST = "manifest.json"
@@ -120,7 +120,7 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
             "name, or set HF_TOKEN, or run hf auth login"
         ) from None
     except errors.RevisionNotFoundError:
-        raise StorageError(
+        raise DamagedError(
             f"{where}: it has no revision {url.revision}; name a branch, tag or commit of its page"
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
@@ -129,7 +129,7 @@ def hub_errors(url: HubURL, doing: str) -> Iterator[None]:
             "network, or copy the folder here with p2r pull"
         ) from None
     except errors.EntryNotFoundError:
-        raise StorageError(
+        raise DamagedError(
             f"{where}: it holds no {MANIFEST} of p2r, or a file that this names is absent; only backbones and models that p2r push "
             "uploaded can be read"
         ) from None

@@ -273,7 +273,7 @@ def read_job(path: Path, overrides: tuple[str, ...] = (), *, unset: dict[str, st
     job = validated(Job, values, where=f"job {path}")
     storage = job.storage or f"{os.environ.get('P2R_STORAGE') or Path.home() / _DEFAULT_FOLDER}/{job.name}"
     _refuse_secrets({"storage": storage}, path, ())
-    if "://" not in storage and not Path(storage).expanduser().is_absolute():
+    if "://" not in storage and not storage.startswith("~") and not Path(storage).is_absolute():
         raise JobError(
             f"job {path}: storage must be a URL or an absolute path, got {storage!r}: "
             "a relative folder would vanish with the job's working directory on a cluster"

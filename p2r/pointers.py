@@ -122,18 +122,23 @@ def name_of(versions: Storage) -> str:
     return versions.url.rpartition("/")[2]
 
 
-def resolve(reference: Reference) -> Reference:
+def resolve(reference: Reference, *, is_fresh: bool = False) -> Reference:
     """Return the pin of the version that a reference's pointer names; a reference without a pointer is returned as it is.
 
     If the storage cannot be reached, the version that the pointer named when this machine last read it is used, with a warning.
 
+    Args:
+        reference: The reference.
+        is_fresh: Read the pointer from the storage only, and raise if it cannot be reached.
+
     Raises:
-        StorageError: The pointer is absent or damaged, or names another version than the reference's pin.
+        StorageError: The pointer is absent or damaged, cannot be read, or names another version than the reference's pin.
     """
     if reference.pointer is None:
         return reference
     versions = Storage(reference.url)
-    content = recent.read_current(versions, file_of(reference.pointer), max_bytes=MAX_BYTES)
+    read = recent.read_bounded if is_fresh else recent.read_current
+    content = read(versions, file_of(reference.pointer), max_bytes=MAX_BYTES)
     if content is None:
         raise StorageError(_absent_message(reference, versions))
     target = _parse(content, versions, reference.pointer).target

@@ -34,7 +34,8 @@ def find(sha256: str) -> bytes | None:
     except OSError:
         return None
     if hashlib.sha256(content).hexdigest() != sha256:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
         return None
     mark_used(path)
     return content
@@ -73,7 +74,11 @@ def read_bounded(storage: Storage, path: str, max_bytes: int) -> bytes | None:
     facts = storage.facts(path)
     if facts is None:
         return None
-    return storage.read_range(path, 0, min(facts.num_bytes, max_bytes + 1))
+    if facts.num_bytes > max_bytes:
+        return storage.read_range(path, 0, max_bytes + 1)  # too long, which the caller sees
+    # Whole, in one read: a document may be replaced by a longer one since its size was asked.
+    found = storage.read_tagged(path, max_bytes=max_bytes)
+    return None if found is None else found[0]
 
 
 def keep(content: bytes, *, url: str) -> None:

@@ -19,7 +19,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -31,8 +31,18 @@ from p2r.cache import cache_folder as cache_folder
 from p2r.cache import node_cache
 from p2r.counters import Counters
 from p2r.errors import DamagedError, StorageError
+from p2r.files import (
+    expanded,
+    is_temporary,
+    link_if_absent,
+    lock_path,
+    locked,
+    open_regular,
+    replacing,
+    temporary_beside,
+    translate_os_errors,
+)
 from p2r.files import file_sha256 as file_sha256
-from p2r.files import link_if_absent, lock_path, locked, open_regular, replacing, temporary_beside, translate_os_errors
 from p2r.hub import SCHEME, fetch_snapshot, parse_hub_url
 from p2r.masking import looks_secret
 
@@ -75,7 +85,7 @@ def normalise_url(url: str) -> str:
         raise StorageError(f"storage URL {url!r} holds a control character or a line break; rename the folder")
     scheme, has_scheme, name = url.partition("://")
     if not has_scheme and not url.startswith(("file:", *(f"{one}:" for one in _BUCKETS))):
-        return "file://" + str(Path(url).expanduser().absolute())
+        return "file://" + str(expanded(Path(url)).absolute())
     if url.startswith("file:"):
         if not name.startswith("/"):
             raise StorageError(f"storage URL {url!r}: a file URL has three slashes, as in file:///data/run")
@@ -311,13 +321,23 @@ class Storage:
             return None
         return FileFacts(found.st_size, str(found.st_mtime_ns), found.st_mtime)
 
-    def list(self, prefix: str = "") -> list[str]:
-        """Return the sorted paths of all files below `prefix`, which may itself be a file; empty if there are none."""
+    def list(self, prefix: str = "", *, with_temporary: bool = False) -> list[str]:
+        """Return the sorted paths of all files below `prefix`, which may itself be a file; empty if there are none.
+
+        Args:
+            prefix: Folder or file.
+            with_temporary: Also list the files that writers at work, and killed ones, have in a folder.
+        """
         found = list(self._walk(prefix))
         if not found and prefix and self.exists(prefix):
             found = [prefix]
         # A bucket may hold an empty object in place of a folder.
-        return sorted(path for path in found if not path.endswith("/") and not Path(path).name.startswith(".tmp-"))
+        return sorted(
+            path
+            for path in found
+            if not path.endswith("/")
+            and (not (name := Path(path).name).startswith(".tmp-") or (with_temporary and is_temporary(name)))
+        )
 
     def local(self, path: str, *, sha256: str | None = None, num_bytes: int | None = None) -> Path:
         """Return a local file with the content of `path`: the file itself, or a copy in the node's cache.
@@ -349,6 +369,25 @@ class Storage:
             raise DamagedError(f"{self.at(path)} does not exist")
         self._check_size(path, local.stat().st_size, num_bytes)
         return local
+
+    def read_hashed(self, path: str, *, sha256: str, num_bytes: int) -> bytes:
+        """Return the content of `path`, hashed after reading, so that it cannot be exchanged between check and use.
+
+        The node's cache keeps a copy of a file in a bucket. A copy with wrong content is dropped, and the file is fetched once more.
+
+        Raises:
+            StorageError: The file is absent, cannot be read, or has another size or digest.
+        """
+        for is_last in (self._bucket is None, True):
+            local = self.local(path, sha256=sha256, num_bytes=num_bytes)
+            with translate_os_errors("read", self.at(path)), open_regular(local) as file:
+                content = file.read(num_bytes + 1)
+            if hashlib.sha256(content).hexdigest() == sha256:
+                return content
+            if is_last:
+                break
+            node_cache(self.counters).drop(sha256, num_bytes)
+        raise DamagedError(f"{self.at(path)} does not have the sha256 of its manifest: it is damaged")
 
     def download(self, path: str, target: Path, *, sha256: str | None = None, num_bytes: int | None = None) -> None:
         """Copy `path` to the local file `target`, checked and atomic.
@@ -410,20 +449,32 @@ class Storage:
         self.delete(probe)
 
     def check_conditional(self) -> None:
-        """Check that `create` keeps an existing file: on S3 servers that ignore conditions, two racing writers would both win.
+        """Check that `create` keeps an existing file, and `replace` a changed one.
+
+        On S3 servers that ignore conditions, two racing writers would both win.
 
         Raises:
-            StorageError: The server ignores the condition.
+            StorageError: The server ignores a condition.
         """
         probe = f".tmp-probe-{uuid.uuid4().hex}"
+        ignored = None
         try:
             if not self.create(probe, b"1") or self.create(probe, b"2"):
-                raise StorageError(
-                    f"{self.url}: the server ignores If-None-Match, so two concurrent jobs could overwrite each other's files: "
-                    "use a server with conditional writes"
-                )
+                ignored = "If-None-Match"
+            elif (
+                (found := self.read_tagged(probe)) is None
+                or not self.replace(probe, b"3", tag=found[1])
+                or self.replace(probe, b"4", tag=found[1])
+            ):
+                ignored = "If-Match"
         finally:
-            self.delete(probe)
+            with suppress(StorageError):  # keys may allow to write only
+                self.delete(probe)
+        if ignored is not None:
+            raise StorageError(
+                f"{self.url}: the server ignores {ignored}, so two concurrent jobs could overwrite each other's files: "
+                "use a server with conditional writes"
+            )
 
     def _writable_path(self, path: str) -> str:
         if self._is_hub:

@@ -192,7 +192,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif verb == "tag":
             commit = self.hub.resolve(repository, revision)
             assert commit is not None
-            self.hub.repositories[repository].names[json.loads(body)["tag"]] = commit[0]
+            names, tag = self.hub.repositories[repository].names, json.loads(body)["tag"]
+            if tag in names:
+                self._error(409, "TagExists")
+                return
+            names[tag] = commit[0]
             self._json({})
 
     def _commit(self, repository: str, branch: str, files: dict[str, bytes], body: bytes) -> None:

@@ -75,6 +75,10 @@ def publish(
     show(f"backbone_pin: {published.pin}")
     if sign is not None:
         show(_verify_and_sign(published.pin, sign))
+        if job.publish.exports:
+            from p2r.pipeline.exporting import sign_exports
+
+            sign_exports(job.publish, Storage(job.storage), published)
 
 
 def sign(
@@ -93,6 +97,6 @@ def _verify_and_sign(url: str, key: Path) -> str:
     from p2r.backbone import verify_artefact
     from p2r.reference import parse_reference
 
-    artefact = open_artefact(parse_reference(url))
+    artefact = open_artefact(parse_reference(url), is_fresh=True)
     verify_artefact(artefact)
     return f"signed: {artefact.sign(key)}"

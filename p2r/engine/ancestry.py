@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from p2r.artefact import Artefact, CorpusFacts, open_artefact
 from p2r.data.manifest import ManifestFacts, load_manifest, revision_path
 from p2r.engine.checkpoint_manifest import CheckpointManifest, InitialWeights
-from p2r.errors import InputError
+from p2r.errors import CheckpointError, DamagedError, DataError, InputError
 from p2r.reference import Reference, parse_reference
 from p2r.storage import Storage
 
@@ -110,6 +110,9 @@ def ancestry(init_from: InitialWeights | None) -> Ancestry:
 
     Args:
         init_from: Record of the initial weights in the checkpoint; None: random weights.
+
+    Raises:
+        InputError: An origin may be there, and cannot be read now: its storage cannot be reached, or a package is missing.
     """
     if init_from is None:
         return Ancestry([], [])
@@ -125,10 +128,14 @@ def ancestry(init_from: InitialWeights | None) -> Ancestry:
 
 
 def _read_origin(origin: str) -> Ancestry:
+    unknown = Ancestry(None, ["unknown"])
     try:
         reference = parse_reference(origin)
-        if reference.sha256 is None:
-            return Ancestry(None, ["unknown"])
+    except InputError:
+        return unknown
+    if reference.sha256 is None:
+        return unknown
+    try:
         storage = Storage(reference.url)
         if not storage.exists(revision_path(reference.sha256)):
             manifest = open_artefact(reference, format="p2r-backbone").manifest
@@ -137,8 +144,8 @@ def _read_origin(origin: str) -> Ancestry:
         return Ancestry(
             [corpus_facts(corpus.facts, url=storage.url, sha256=reference.sha256, weight=None)], [corpus.facts.licence]
         )
-    except InputError:  # deleted, or replaced
-        return Ancestry(None, ["unknown"])
+    except (DamagedError, CheckpointError, DataError):  # deleted, or replaced; what cannot be reached is not unknown
+        return unknown
 
 
 def added(own: Sequence[CorpusFacts], inherited: Sequence[CorpusFacts]) -> list[CorpusFacts]:

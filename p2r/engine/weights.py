@@ -18,7 +18,7 @@ from p2r.config import ModelConfig
 from p2r.documents import FileEntry, read_json
 from p2r.engine.ancestry import origins_of_backbone, origins_of_checkpoint
 from p2r.engine.checkpoint_manifest import FORMAT, InitialWeights, parse_manifest
-from p2r.errors import CheckpointError, DamagedError
+from p2r.errors import CheckpointError
 from p2r.model.backbones import EncoderDecoder, build_backbone
 from p2r.model.foreign import Transfer, transfer
 from p2r.model.pix2rep import Pix2Rep
@@ -175,9 +175,7 @@ def checked_weights(storage: Storage, path: str, entry: FileEntry) -> dict[str, 
         DamagedError: They are absent, or have another digest.
         CheckpointError: They are not safetensors in float32, or not finite.
     """
-    content = storage.local(path, sha256=entry.sha256, num_bytes=entry.num_bytes).read_bytes()
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise DamagedError(f"{storage.at(path)} does not have the sha256 of its manifest: it is damaged")
+    content = storage.read_hashed(path, sha256=entry.sha256, num_bytes=entry.num_bytes)
     weights = read_tensors(content, where=storage.at(path))
     # p2r 0.1.0 also saved this table of swin_unetr, which follows from the window size and is no part of a state.
     return {name: value for name, value in weights.items() if not name.endswith(".relative_position_index")}

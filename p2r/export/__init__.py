@@ -5,6 +5,7 @@ thing gives the outputs of p2r, and raises otherwise. The folder appears under i
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from importlib import import_module
@@ -13,9 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from p2r.errors import InputError
 from p2r.exports import EXPORTS, Export, ExportName, reason_against
+from p2r.files import expanded
 
 if TYPE_CHECKING:
     from p2r.export.source import Source, Written
+
+_URL = re.compile(r"(?:file|s3|gs|az|hf):/")
+"""Start of a URL after a `Path` has joined its slashes."""
 
 
 def export_name(text: str) -> ExportName:
@@ -55,11 +60,11 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: The folder cannot be used.
     """
-    if "://" in str(folder) or str(folder).startswith(("file:/", "s3:/", "hf:/")):
+    if "://" in str(folder) or _URL.match(str(folder)):
         raise InputError(
             f"-o {folder}: an export is written to a folder of this machine; give a path, and copy the folder"
         )
-    folder = folder.expanduser().absolute()
+    folder = expanded(folder).absolute()
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"-o {folder} is not empty: name a new folder, or empty this one")
     if folder.exists() and not folder.is_dir():

@@ -43,6 +43,7 @@ LICENCES = frozenset(
     }
 )
 """Licences that the hub knows, by its own names: SPDX in lower case. Others are `other`, with their name beside it."""
+_CARD = "README.md"
 _PATHS = {"config": "config.json", "weights": "model.safetensors"}
 _RESULTS = {"Dice": "dice", "HD95, mm": "hd95_mm_by_class", "surface Dice": "nsd_by_class"}
 """Columns of a model's results on its card, and the fields of its manifest."""
@@ -59,21 +60,27 @@ def write(source: Source, folder: Path, *, address: str = "hf://ORG/NAME") -> Wr
 
     Raises:
         StorageError: A published file is absent or damaged.
+        InputError: The artefact is of version 1, and has a file with the name of the hub's card.
     """
     artefact = open_artefact(parse_reference(source.manifest.pin))
+    if any(entry.name == _CARD for entry in artefact.manifest.files.entries().values()):
+        raise InputError(
+            f"{source.manifest.url} is of version 1, whose manifest names a file {_CARD}; the hub's card needs that name, and the folder "
+            "would be damaged. Publish the checkpoint again, as another publish.version"
+        )
     copy_artefact(artefact, folder)
     for role, entry in artefact.manifest.files.entries().items():
         if role in _PATHS and not (folder / _PATHS[role]).exists():
             _link(folder / entry.name, folder / _PATHS[role])
     card = write_card(source, address=address, picture=artefact.manifest.files.picture)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / _CARD).write_text(card, encoding="utf-8")
     copied = open_artefact(Reference(str(folder), artefact.sha256))
     verify_artefact(copied)
     name = folder.name
     return Written(
         checks=(
             f"the copy has the pin sha256:{artefact.sha256}, and every digest is right",
-            f"front matter: {', '.join(front_matter(card))}{_check_card(folder / 'README.md')}",
+            f"front matter: {', '.join(front_matter(card))}{_check_card(folder / _CARD)}",
         ),
         commands=(
             f"p2r push {source.manifest.url} hf://ORG/{name}",

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from p2r.artefact import open_artefact
 from p2r.backbone import check_pulled
@@ -29,7 +30,9 @@ def push(reference: str, target: str, *, is_private: bool = False, tag: str | No
         tag: Name that the commit gets.
 
     Raises:
-        StorageError: The target is not a repository, a token is missing, or the hub cannot be reached.
+        StorageError: The target is not a repository, a token is missing, or the hub cannot be reached. Or the tag exists; the commit is
+            pushed then.
+        InputError: The card of an artefact of version 1 has the name of the hub's.
     """
     url = parse_hub_url(target)
     if url.revision is not None:
@@ -51,15 +54,33 @@ def push(reference: str, target: str, *, is_private: bool = False, tag: str | No
                 commit_message=f"p2r: {source.name}, sha256:{source.manifest.sha256}",
                 delete_patterns=_OWN_FILES,
             )
-            if tag is not None:
-                api.create_tag(url.repository, tag=tag, revision=commit.oid)
-    pushed = HubURL(url.repository, str(commit.oid))
+        pushed = HubURL(url.repository, str(commit.oid))
+        if tag is not None:
+            _create_tag(api, pushed, tag)
     pin = Reference(str(pushed), source.manifest.sha256)
     return [
         f"pushed {source.noun} {source.name}: {pushed}" + (f" (tag {tag})" if tag else ""),
         f"pin: {pin}",
         f"next: p2r inspect {pushed}",
     ]
+
+
+def _create_tag(api: Any, pushed: HubURL, tag: str) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        with hub_errors(pushed, f"name {tag} the commit"):
+            try:
+                api.create_tag(pushed.repository, tag=tag, revision=pushed.revision)
+            except HfHubHTTPError as error:
+                if getattr(error.response, "status_code", None) != 409:
+                    raise
+                raise StorageError(
+                    f"the tag {tag} exists already, and was left as it is: push with another --tag, or delete it on the page of the "
+                    "repository"
+                ) from None
+    except StorageError as error:
+        raise StorageError(f"{pushed} was pushed, and has no tag: {error}") from None
 
 
 def pull(reference: str, *, folder: Path, key: str | None = None) -> list[str]:

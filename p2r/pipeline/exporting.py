@@ -8,11 +8,14 @@ VERSION is that of the backbone: for a checkpoint, `1-step-2`.
 import tempfile
 from pathlib import Path
 
-from p2r.artefact import Manifest, Published
+from p2r.artefact import MANIFEST, Manifest, Published
 from p2r.config import PublishConfig
 from p2r.export import export
+from p2r.exports import ExportName
 from p2r.logs import Say
 from p2r.published.promotion import split_version
+from p2r.recent import read_bounded
+from p2r.signature import SIGNATURE, SIGNATURE_BYTES
 from p2r.storage import Storage
 
 _RECORD = "export.json"
@@ -32,11 +35,11 @@ def write_exports(config: PublishConfig, storage: Storage, published: Published[
         InputError: A format cannot hold the backbone, or its package is missing.
     """
     urls = []
-    _, version = split_version(Storage(published.url))
-    for to in config.exports:
-        where = storage.child(f"exports/{config.name}-{version}/{to}")
+    version_storage = Storage(published.url)
+    for to, where in _folders(config, storage, version_storage).items():
         urls.append(where.url)
         if _is_exported(where, published.pin):
+            _copy_signature(version_storage, where)
             say(f"publish | {to} | {where.url} | was exported already")
             continue
         with tempfile.TemporaryDirectory(prefix="p2r-export-") as name:
@@ -44,12 +47,31 @@ def write_exports(config: PublishConfig, storage: Storage, published: Published[
             lines = export(published.pin, to=to, folder=folder)
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
             where.delete(_RECORD)  # until all files are of this backbone
+            where.delete(SIGNATURE)  # of an earlier backbone
             for path in paths:
                 where.upload(path, path.relative_to(folder).as_posix())
             checks = [line.removeprefix("checked: ") for line in lines if line.startswith("checked: ")]
             where.write_json(_RECORD, {"pin": published.pin, "format": to, "checks": checks})
         say(f"publish | {to} | {where.url} | {len(paths)} files | {'; '.join(checks)}")
     return urls
+
+
+def sign_exports(config: PublishConfig, storage: Storage, published: Published[Manifest]) -> None:
+    """Copy the signature of a backbone, which is made after its exports, into those that hold its manifest."""
+    version_storage = Storage(published.url)
+    for where in _folders(config, storage, version_storage).values():
+        _copy_signature(version_storage, where)
+
+
+def _folders(config: PublishConfig, storage: Storage, version_storage: Storage) -> dict[ExportName, Storage]:
+    _, version = split_version(version_storage)
+    return {to: storage.child(f"exports/{config.name}-{version}/{to}") for to in config.exports}
+
+
+def _copy_signature(version_storage: Storage, where: Storage) -> None:
+    signature = read_bounded(version_storage, SIGNATURE, SIGNATURE_BYTES)
+    if signature is not None and where.exists(MANIFEST):
+        where.write_bytes(SIGNATURE, signature)
 
 
 def _is_exported(where: Storage, pin: str) -> bool:

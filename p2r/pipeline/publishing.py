@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -33,6 +34,11 @@ from p2r.report import pretraining_curves
 from p2r.report.text import for_markdown
 from p2r.storage import Storage, json_bytes
 
+_FORBIDS_OTHER_TERMS = re.compile(
+    r"(?<![A-Z])(?:NC|SA|ND|NON-?COMMERCIAL|SHARE-?ALIKE|NO-?DERIV\w*|[AL]?GPL(?:V\d)?|ODBL)(?![A-Z])", re.IGNORECASE
+)
+"""Parts of a licence's name, such as CC-BY-NC-4.0, that forbid to publish what is derived under other terms."""
+
 
 def publish_backbone(job: Job, storage: Storage, say: Say, *, step: int | None = None) -> Published[Manifest]:
     """Publish the weights of a checkpoint, move the pointer `latest` to them, and return the artefact's manifest.
@@ -62,6 +68,7 @@ def publish_backbone(job: Job, storage: Storage, say: Say, *, step: int | None =
     slice_axis = _slice_axis_of(corpora) if pretrain.image.dimensions == 2 else "auto"
     preparation = preparation_of_backbone(pretrain.image, slice_axis, contrasts=pretrain.model.contrasts)
     weights, tensors = _read_weights(trained, checkpoint, pretrain)
+    storage.child("backbones").check_conditional()
     published = publish(
         where,
         format=BACKBONE_FORMAT,
@@ -206,7 +213,7 @@ def _choose_licence(config: PublishConfig, of_corpora: Sequence[str]) -> str:
     corpus_licence = " AND ".join(sorted(set(of_corpora)))
     if config.licence is None or config.licence == corpus_licence:
         return corpus_licence
-    if any(word in corpus_licence.upper() for word in ("NC", "SA", "ND")):
+    if _FORBIDS_OTHER_TERMS.search(corpus_licence):
         raise JobError(
             f"publish.licence is {config.licence!r}, but the corpus is under {corpus_licence!r}, which forbids other terms: leave it out"
         )

@@ -17,6 +17,7 @@ from typing import Any
 from p2r.artefact import MANIFEST, MAX_MANIFEST_BYTES, Artefact, open_artefact, removed_on
 from p2r.artefact_manifest import BackboneManifest, ModelManifest
 from p2r.errors import InputError, error_text
+from p2r.files import is_temporary
 from p2r.pointers import Pointer, pointer_in, read_pointer
 from p2r.published.metrics import TrainingMetrics, metrics_of
 from p2r.published.results import Result, results_of
@@ -91,7 +92,11 @@ def read_collections(url: str) -> list[Collection]:
     if storage.exists(MANIFEST):
         raise InputError(f"{storage.url} is one version or a corpus; give the folder of its name, or a job's storage")
     roots = [root for root in _ROOTS if storage.list(root)]
-    paths = [f"{root}/{path}" for root in roots for path in storage.child(root).list()] if roots else storage.list()
+    paths = [
+        f"{root}/{path}" if root else path
+        for root in roots or [""]
+        for path in storage.child(root).list(with_temporary=True)
+    ]
     folders: dict[str, dict[str, list[str]]] = {}
     pointers: dict[str, list[str]] = {}
     for path in paths:
@@ -116,6 +121,9 @@ def _read_collection(
         name: MANIFEST in files or any(re.fullmatch(r"\w+-[0-9a-f]{64}\.\w+", file) for file in files)
         for name, files in folders.items()
     }
+    if pointers or any(is_published.values()):
+        # A publisher that was killed while it wrote its first file left nothing else.
+        is_published = {name: is_published[name] or any(map(is_temporary, files)) for name, files in folders.items()}
     read = pool.map(lambda item: _read_version(where, *item), [one for one in folders.items() if is_published[one[0]]])
     found = Collection(
         where, where.url.rpartition("/")[2], tuple(sorted(read, key=lambda one: (one.modified_s, one.version)))

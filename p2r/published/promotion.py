@@ -17,7 +17,7 @@ from p2r.artefact_manifest import BackboneManifest, ModelManifest
 from p2r.backbone import verify_artefact
 from p2r.errors import InputError, StorageError, error_text
 from p2r.logs import Say
-from p2r.pointers import Pointer, file_of, move, name_of, read_pointer, resolve
+from p2r.pointers import Pointer, file_of, move, name_of, read_pointer
 from p2r.published.metrics import metrics_of
 from p2r.published.results import Result, results_of
 from p2r.reference import Reference, parse_reference
@@ -54,10 +54,12 @@ def promote(reference: str, pointer: str, *, forced: str | None, say: Say) -> Po
 
     Raises:
         InputError: A check failed, the version is damaged, or is not below the folder of a name.
+        StorageError: The storage cannot be written, or ignores conditions.
     """
     file_of(pointer)
-    artefact = open_artefact(resolve(parse_reference(reference)), is_fresh=True)
+    artefact = open_artefact(parse_reference(reference), is_fresh=True)
     versions, version = split_version(artefact.storage)
+    versions.check_conditional()
     verify_artefact(artefact)
     for _ in range(_MAX_TRIES):
         since = read_pointer(versions, pointer)

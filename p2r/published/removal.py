@@ -24,6 +24,7 @@ from p2r.artefact import MANIFEST, MAX_MANIFEST_BYTES, REMOVED, open_artefact
 from p2r.artefact_manifest import ModelManifest, is_file_name
 from p2r.documents import read_json
 from p2r.errors import DamagedError, StorageError
+from p2r.files import is_temporary
 from p2r.published.collection import Collection, Version, enclosing_storage, parents_named, read_collections
 from p2r.reference import Reference
 from p2r.storage import Storage, json_bytes
@@ -132,7 +133,7 @@ def _leftovers(version: Version, young_s: float) -> Iterator[str]:
         return
     named = {entry.name for entry in version.artefact.manifest.files.entries().values()}
     for file in version.files:
-        if is_file_name(file) and file not in named:
+        if (is_file_name(file) and file not in named) or is_temporary(file):
             facts = version.storage.facts(file)
             if facts is not None and facts.modified_s <= young_s:
                 yield file
@@ -143,9 +144,11 @@ def remove(url: str, *, min_age_days: float) -> list[Item]:
 
     Raises:
         InputError: As `plan_removal`.
-        StorageError: Something cannot be written or deleted; running it again continues.
+        StorageError: Something cannot be written or deleted; running it again continues. Or the storage ignores conditions.
     """
-    items = plan_removal(url, min_age_days=min_age_days, now_s=_clock_of(Storage(url)))
+    storage = Storage(url)
+    storage.check_conditional()
+    items = plan_removal(url, min_age_days=min_age_days, now_s=_clock_of(storage))
     whole = [item for item in items if item.is_removed and item.is_whole]
     marked = {item.version.storage.url for item in whole if _mark(item.version)}
     named = _named_now(url) if marked else {}
@@ -162,7 +165,7 @@ def remove(url: str, *, min_age_days: float) -> list[Item]:
         elif where.url in named:
             done.append(_kept(item, f"{named[where.url]} names it{_restore(where)}"))
         else:
-            _delete_files(where, [file for file in where.list() if file != MANIFEST])
+            _delete_files(where, [file for file in where.list(with_temporary=True) if file != MANIFEST])
             where.delete(MANIFEST)
             done.append(item)
     return done

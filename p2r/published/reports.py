@@ -3,7 +3,6 @@
 from p2r.artefact import open_artefact
 from p2r.errors import InputError
 from p2r.evaluate.statistics import few_shot_statistics
-from p2r.pointers import resolve
 from p2r.published.results import add_results, results_from
 from p2r.reference import parse_reference
 from p2r.report.runs import open_report
@@ -19,7 +18,7 @@ def add_report(reference: str, report: str) -> str:
     Raises:
         DataError: The report breaks a rule, or is of another backbone.
     """
-    artefact = open_artefact(resolve(parse_reference(reference)), is_fresh=True)
+    artefact = open_artefact(parse_reference(reference), is_fresh=True)
     run = open_report(report)
     rows = [row for row in run.rows if row.backbone_sha256 in (None, artefact.sha256)]
     if not any(row.backbone_sha256 == artefact.sha256 for row in rows):

@@ -25,8 +25,8 @@ _MAX_TRIES = 20
 
 Text = Annotated[str, Field(max_length=2000)]
 Dice = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Key = tuple[str, str, str, str, int]
-"""Task, protocol, split, mode, number of labelled patients."""
+Key = tuple[str, str, str, bool, str, int]
+"""Task, protocol, split, transductive, mode, number of labelled patients."""
 
 
 class _Strict(BaseModel):
@@ -53,7 +53,7 @@ class Result(_Strict):
     @property
     def key(self) -> Key:
         """Settings that must agree for two results to be comparable."""
-        return self.task, self.protocol, self.split, self.mode, self.num_labelled
+        return self.task, self.protocol, self.split, self.transductive, self.mode, self.num_labelled
 
     def text(self) -> str:
         """Return the result as one line for people."""

@@ -78,7 +78,17 @@ def test_every_character_of_a_folder_s_name_is_kept(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "url",
-    ["ftp://bucket/x", "s3:///x", "s3:bucket/x", "file://host/x", "file:/x", "files:///x", "/x\ny", "file:///x\x1b[2J"],
+    [
+        "ftp://bucket/x",
+        "s3:///x",
+        "s3:bucket/x",
+        "file://host/x",
+        "file:/x",
+        "files:///x",
+        "/x\ny",
+        "file:///x\x1b[2J",
+        "~nosuchuser/x",
+    ],
 )
 def test_a_url_that_cannot_be_is_refused(url: str) -> None:
     with pytest.raises(StorageError):
@@ -280,6 +290,16 @@ def test_a_storage_that_ignores_conditions_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Storage, "create", lambda self, path, data: self.write_bytes(path, data) or True)
     with pytest.raises(StorageError, match="ignores If-None-Match"):
         Storage(str(tmp_path)).check_conditional()
+
+
+@pytest.mark.parametrize("is_always", [True, False])
+def test_a_storage_that_replaces_whatever_is_there_or_never_is_refused(
+    is_always: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Storage, "replace", lambda self, path, data, tag: is_always)
+    with pytest.raises(StorageError, match="ignores If-Match"):
+        Storage(str(tmp_path)).check_conditional()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.s3

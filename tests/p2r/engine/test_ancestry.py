@@ -1,17 +1,18 @@
 """Whoever starts from another's weights has seen that one's patients, too."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from p2r.artefact import open_artefact
+from p2r.artefact import REMOVED, open_artefact
 from p2r.data.manifest import load_manifest, manifest_sha256
 from p2r.engine.ancestry import added, ancestry, corpus_facts, origins_of_backbone, origins_of_checkpoint
 from p2r.engine.checkpoint_manifest import FORMAT, InitialWeights, parse_manifest
-from p2r.errors import DamagedError
+from p2r.errors import DamagedError, InputError, StorageError
 from p2r.reference import parse_reference
-from p2r.storage import Storage
+from p2r.storage import Storage, json_bytes
 from tests.publishing import corpus_facts as facts
 from tests.publishing import publish_toy
 
@@ -32,7 +33,7 @@ def test_corpora_and_licence_of_a_backbone_are_inherited(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "case", ["says nothing", "lists none", "gone", "exchanged", "not a pin", "of an older checkpoint"]
+    "case", ["says nothing", "lists none", "gone", "put out of use", "exchanged", "not a pin", "of an older checkpoint"]
 )
 def test_what_cannot_be_read_any_more_is_unknown_and_not_clean(case: str, tmp_path: Path) -> None:
     corpora = {"says nothing": None, "lists none": []}.get(case, [facts()])
@@ -40,6 +41,8 @@ def test_what_cannot_be_read_any_more_is_unknown_and_not_clean(case: str, tmp_pa
     manifest = tmp_path / "1/manifest.json"
     if case == "gone":
         manifest.unlink()
+    elif case == "put out of use":
+        manifest.write_bytes(json_bytes({"format": REMOVED, "manifest": manifest.read_text(), "removed": "2026-01-01"}))
     elif case == "exchanged":
         manifest.write_bytes(manifest.read_bytes() + b"\n")
     elif case == "not a pin":
@@ -47,6 +50,24 @@ def test_what_cannot_be_read_any_more_is_unknown_and_not_clean(case: str, tmp_pa
     other = backbone(tmp_path / "2", corpora=[facts(B)])
     known = InitialWeights() if case == "of an older checkpoint" else InitialWeights(origins=[origin, other])
     assert ancestry(known).corpora is None
+
+
+@pytest.mark.parametrize("case", ["a bucket that does not answer", "a missing package"])
+def test_what_may_be_there_and_cannot_be_read_now_is_an_error(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case == "a missing package":
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        origin, problem, message = f"hf://org/toy@main@sha256:{A}", InputError, "huggingface_hub"
+    else:
+        for name, value in {
+            "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+            "AWS_ACCESS_KEY_ID": "none",
+            "AWS_SECRET_ACCESS_KEY": "none",
+            "P2R_S3_DEADLINE_S": "0.2",
+        }.items():
+            monkeypatch.setenv(name, value)
+        origin, problem, message = f"s3://b/toy/1@sha256:{A}", StorageError, "cannot read s3://b/toy/1"
+    with pytest.raises(problem, match=message):
+        ancestry(InitialWeights(origins=[origin]))
 
 
 def test_corpora_of_a_checkpoint_are_pinned_at_the_revisions_that_it_streamed(published: dict[str, str]) -> None:

@@ -413,7 +413,7 @@ def test_a_table_of_swin_unetr_in_an_older_checkpoint_is_not_read_as_a_weight(tm
 
 
 def test_a_checkpoint_on_the_way_is_published_as_its_step_while_the_run_is_at_work(
-    job_of: JobOf, corpus: Storage, tmp_path: Path
+    job_of: JobOf, corpus: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = ("kind=pretrain", "ingest=null", f"pretrain.corpus={corpus.url}", "pretrain.equivariance_interval=1")
     job = job_of(tmp_path, *overrides)
@@ -423,6 +423,10 @@ def test_a_checkpoint_on_the_way_is_published_as_its_step_while_the_run_is_at_wo
         next(run)
     with pytest.raises(CheckpointError, match=r"is the newest checkpoint of 6 steps: .* p2r publish JOB --step \d"):
         publish_backbone(job, storage, lambda line: None)
+    with monkeypatch.context() as ignoring, pytest.raises(StorageError, match="ignores If-Match"):
+        ignoring.setattr(Storage, "replace", lambda self, path, data, tag: True)
+        publish_backbone(job, storage, lambda line: None, step=2)
+    assert storage.list("backbones") == []
     made = publish_backbone(job, storage, lambda line: None, step=2)
     assert made["url"].endswith("/backbones/toy/1-step-2") and made["step"] == 2
     artefact = open_artefact(resolve(parse_reference(f"{storage.url}/backbones/toy@latest")))

@@ -14,13 +14,14 @@ from infra.local.s3 import free_ports
 from p2r.artefact import open_artefact
 from p2r.backbone import load_backbone, load_model
 from p2r.errors import InputError, StorageError
-from p2r.export import export
+from p2r.export import check_folder, export
 from p2r.export.hub_folder import _licence
 from p2r.export.transfer import pull, push
 from p2r.hub import parse_hub_url
 from p2r.reference import parse_reference
 from p2r.storage import Storage
 from tests.fake_hub import TOKEN, Hub, Repository, fake_hub
+from tests.p2r.artefact.test_artefact import to_version_1
 
 huggingface_hub = pytest.importorskip(
     "huggingface_hub", reason="huggingface_hub is not installed: pip install 'p2r[hub]'"
@@ -106,6 +107,37 @@ def test_a_new_version_replaces_the_files_of_the_old_one_which_its_commit_keeps(
     assert sum(name.startswith("model-") for name in files) == 1
     assert load_backbone(f"hf://team/brain@{first}").config.model.name == "unet"
     assert load_backbone("hf://team/brain").config.model.name == "dynunet"
+
+
+def test_a_tag_that_exists_is_kept_and_the_pushed_commit_is_named(publish_toy: Publish, hub: Hub) -> None:
+    first = _commit_of(push(publish_toy("unet"), "hf://team/brain", tag="v1"))
+    with pytest.raises(
+        StorageError, match=r"^hf://team/brain@[0-9a-f]{40} was pushed, and has no tag: the tag v1 exists already"
+    ) as refused:
+        push(publish_toy("dynunet"), "hf://team/brain", tag="v1")
+    repository = hub.repositories["team/brain"]
+    assert repository.names["v1"] == first and repository.names["main"] == str(refused.value).split("@")[1][:40]
+
+
+def test_an_artefact_whose_card_has_the_name_of_the_hubs_is_refused_before_anything_is_written(
+    publish_toy: Publish, tmp_path: Path
+) -> None:
+    url = publish_toy("unet")
+    folder = Path(url.removeprefix("file://"))
+    to_version_1(folder)
+    with pytest.raises(InputError, match=r"unet-2-backbone/1 is of version 1, whose manifest names a file README\.md"):
+        export(url, to="huggingface", folder=tmp_path / "hub-folder")
+    assert not (tmp_path / "hub-folder").exists()
+
+
+@pytest.mark.parametrize("scheme", ["file", "s3", "gs", "az", "hf"])
+def test_an_export_is_not_written_to_a_url(
+    scheme: str, publish_toy: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="an export is written to a folder of this machine"):
+        check_folder(Path(f"{scheme}://bucket/folder"))
+    check_folder(Path("gsm/folder"))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from p2r.artefact import open_artefact
 from p2r.config import PublishConfig
 from p2r.errors import JobError, StorageError
 from p2r.job import read_job
-from p2r.pipeline.exporting import write_exports
+from p2r.pipeline.exporting import sign_exports, write_exports
+from p2r.reference import parse_reference
 from p2r.storage import Storage
 from tests.publishing import publish_toy
 
@@ -22,6 +25,29 @@ def test_publishing_writes_the_named_formats_once(tmp_path: Path) -> None:
     assert storage.exists("exports/toy-1/huggingface/README.md")
     write_exports(config, storage, made, lines.append)
     assert [str(line).endswith("was exported already") for line in lines] == [False, False, True, True]
+
+
+def test_the_export_of_a_version_that_is_signed_later_gets_its_signature(tmp_path: Path) -> None:
+    config = PublishConfig(name="toy", exports=("huggingface", "monai"))
+    storage = Storage(f"{tmp_path}/storage")
+    made = publish_toy(storage.at("backbones/toy/1"))
+    write_exports(config, storage, made, print)
+    key = tmp_path / "key.pem"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True, capture_output=True)
+    key.chmod(0o600)
+    public = open_artefact(parse_reference(made.pin)).sign(key)
+    for again in (
+        lambda: sign_exports(config, storage, made),
+        lambda: write_exports(config, storage, made, print),
+    ):
+        storage.delete("exports/toy-1/huggingface/manifest.sig")
+        again()
+        open_artefact(parse_reference(storage.at("exports/toy-1/huggingface")), key=public)
+        assert not storage.exists("exports/toy-1/monai/manifest.sig")
+    storage.delete("backbones")
+    other = publish_toy(storage.at("backbones/toy/1"), seed=1)
+    write_exports(config, storage, other, print)
+    assert not storage.exists("exports/toy-1/huggingface/manifest.sig")
 
 
 def test_a_checkpoint_s_exports_leave_those_of_the_final_version_alone(tmp_path: Path) -> None:

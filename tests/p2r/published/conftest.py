@@ -18,12 +18,14 @@ from tests.publishing import MODEL, PREPARATION
 HEALTHY = {"effective_rank": 5.0, "dead_dimensions_fraction": 0.0}
 
 
-def result(mean: float, *, half: float = 0.05, task: str = "disc", num_labelled: int = 1) -> Result:
+def result(
+    mean: float, *, half: float = 0.05, task: str = "disc", num_labelled: int = 1, transductive: bool = False
+) -> Result:
     return Result(
         task=task,
         protocol="leak_free",
         split="test",
-        transductive=False,
+        transductive=transductive,
         mode="linear_probe",
         num_labelled=num_labelled,
         draws=3,

@@ -129,6 +129,19 @@ def test_checks_refuse_by_name_and_a_reason_overrides_them_on_record(tmp_path: P
     assert any("health: FAILED" in one for one in found[0].target.checks)
 
 
+def test_a_transductive_result_is_neither_compared_with_nor_replaced_by_another(tmp_path: Path) -> None:
+    place = str(tmp_path / "toy")
+    artefact = publish_version(f"{place}/1", dice=0.60)
+    add_results(artefact, [result(0.80, transductive=True)])
+    assert [one.mean for one in results_of(artefact)] == [0.60, 0.80]
+    promote(f"{place}/1", "stable", forced=None, say=quiet)
+    publish_version(f"{place}/2", seed=1, dice=0.60)
+    promote(f"{place}/2", "stable", forced=None, say=quiet)
+    add_results(publish_version(f"{place}/3", seed=2), [result(0.60, transductive=True)])
+    with pytest.raises(InputError, match="no result in common with version 2"):
+        promote(f"{place}/3", "stable", forced=None, say=quiet)
+
+
 def test_a_damaged_version_is_never_promoted(tmp_path: Path) -> None:
     artefact = publish_version(str(tmp_path / "toy/1"))
     (tmp_path / "toy/1" / artefact.manifest.files.weights.name).write_bytes(b"x")

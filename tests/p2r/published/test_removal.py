@@ -249,6 +249,35 @@ def test_leftovers_of_losers_are_removed_and_files_of_others_are_not(tmp_path: P
     verify_artefact(artefact)
 
 
+def test_temporary_files_of_killed_publishers_are_removed_and_those_of_writers_at_work_are_not(tmp_path: Path) -> None:
+    place = tmp_path / "backbones/toy"
+    artefact = publish_version(f"{place}/1")
+    (place / "2").mkdir()
+    old = [place / "1/.tmp-abcd_123", place / "2/.tmp-abcd_123"]
+    kept = [place / "1/.tmp-abcd_124", place / "1/.tmp-lock-manifest.json", place / "1/.tmp-notes", place / ".tmp-x"]
+    other = tmp_path / "backbones/other/1/.tmp-abcd_123"  # nothing tells that this is p2r's
+    for path in (*old, *kept, other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+        if path != kept[0]:
+            os.utime(path, (1, 1))
+    remove(str(tmp_path), min_age_days=7)
+    assert not any(path.exists() for path in old)
+    assert all(path.exists() for path in (*kept, other))
+    verify_artefact(artefact)
+
+
+def test_nothing_is_promoted_or_removed_where_conditions_are_ignored(
+    place_of_two: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Storage, "replace", lambda self, path, data, tag: True)
+    with pytest.raises(StorageError, match="ignores If-Match"):
+        promote(f"{place_of_two}/1", "stable", forced=None, say=quiet)
+    with pytest.raises(StorageError, match="ignores If-Match"):
+        remove(place_of_two, min_age_days=0)
+    assert versions_of(place_of_two) == {"1", "2"} and read_pointer(Storage(place_of_two), "stable") is None
+
+
 @pytest.mark.parametrize("damage", ["manifest", "pointer"])
 def test_what_cannot_be_read_protects_what_it_may_name(damage: str, place_of_two: str) -> None:
     path = Path(place_of_two, file_of("stable")) if damage == "pointer" else Path(place_of_two, "1", MANIFEST)
