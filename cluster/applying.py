@@ -91,11 +91,13 @@ def predict(
     check_names(list(contrasts or ()), model.config.preparation)
     segment = partial(_segment, model=model, say=say)
     if has_many:
-        inputs = {
+        inputs: dict[str, object] = {
             "models": [one.sha256 for one in model.members],
             "probabilities": has_probabilities,
             "code": __version__,
         }
+        if len(model.classes) > 9:  # rows of earlier versions had the order 1, 10, 2
+            inputs["classes"] = list(model.classes.values())
         results = process_each(targets, segment, Path(output), inputs=inputs, say=say)
         table = Path(output) / "volumes.csv"
         whose = ["scan"] if contrasts is None else ["key", "contrasts"]
