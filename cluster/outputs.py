@@ -155,12 +155,17 @@ def check_targets(targets: Sequence[Target]) -> None:
 
 
 def _below_common(scan: str, scans: Sequence[str]) -> Path:
-    """Return the folder of a scan below the common folder of the local scans of a list."""
-    local = [path.expanduser().absolute() for one in scans if (path := local_path(one)) is not None]
+    """Return the folder of a scan below the common folder of the local scans of a list; it has no `..`."""
+    folders = [_folder_of(path) for one in scans if (path := local_path(one)) is not None]
     mine = local_path(scan)
-    if mine is None or len(local) < 2:
+    if mine is None or len(folders) < 2:
         return Path()
-    return mine.expanduser().absolute().parent.relative_to(os.path.commonpath([path.parent for path in local]))
+    return _folder_of(mine).relative_to(os.path.commonpath(folders))
+
+
+def _folder_of(path: Path) -> Path:
+    """Return the folder of a path, absolute and without `..`; links are kept."""
+    return Path(os.path.abspath(path.expanduser())).parent  # noqa: PTH100 (Path.absolute keeps `..`)
 
 
 def process_each(

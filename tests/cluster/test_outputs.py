@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 
-from cluster.outputs import Result, Target, process_each
+from cluster.outputs import Result, Target, list_targets, process_each
 from p2r.data.opening import remote_version
 from p2r.errors import InputError, StorageError
 
@@ -52,6 +52,22 @@ def test_a_scan_that_has_changed_is_processed_again_wherever_it_is(
         remove(scans[0])
         with pytest.raises(InputError, match="none of the 2 scans could be used"):
             process_each(targets, write, out, inputs={"model": "m"}, say=lines.append)
+
+
+@pytest.mark.parametrize(
+    ("scans", "results"),
+    [
+        (["../x/a.nii.gz", "b.nii.gz"], ["x/a.nii.gz", "work/b.nii.gz"]),
+        (["c/../../x/a.nii.gz", "../../y/b.nii.gz"], ["here/x/a.nii.gz", "y/b.nii.gz"]),
+        (["c/a.nii.gz", "c/../c/d/b.nii.gz", "c/../a.nii.gz"], ["c/a.nii.gz", "c/d/b.nii.gz", "a.nii.gz"]),
+    ],
+)
+def test_results_of_scans_with_dots_in_their_paths_stay_below_the_output(
+    scans: list[str], results: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here/work/c").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here/work")
+    assert [target.path for target in list_targets(scans, "out")] == [Path("out", result) for result in results]
 
 
 @pytest.mark.parametrize("state", [{}, {"Last-Modified": "Mon"}])
