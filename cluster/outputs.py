@@ -230,12 +230,26 @@ def _scan_sha256(target: Target) -> str:
 
 
 def _digest_of_scan(scan: str) -> str:
-    """Return the digests of a scan's files. For a remote file, digest its size and version, which are known without reading it."""
+    """Return the digests of a scan's files. For a remote file, digest its size and version, which are known without reading it.
+
+    Raises:
+        RefusedScan: `unreadable`, for a local file.
+        StorageError: A remote file exists but cannot be fetched.
+    """
     found = ((file, local_path(file)) for file in pair_of(scan) or (scan,))
     return " ".join(
-        hashlib.sha256(remote_version(file).encode()).hexdigest() if path is None else _digest(path.expanduser())
+        hashlib.sha256(remote_version(file).encode()).hexdigest() if path is None else _digest_of_input(path)
         for file, path in found
     )
+
+
+def _digest_of_input(path: Path) -> str:
+    try:
+        return _digest(path.expanduser())
+    except OSError as error:  # one file without permission does not end the whole folder
+        raise RefusedScan(
+            "unreadable", f"cannot read {path}: {type(error).__name__}: {error}; check the path and its permissions"
+        ) from error
 
 
 def _digests(target: Target) -> str:

@@ -9,6 +9,7 @@ import pytest
 from cluster.outputs import Result, Target, list_targets, process_each
 from p2r.data.opening import remote_version
 from p2r.errors import InputError, StorageError
+from p2r.files import file_sha256
 
 
 def write(target: Target) -> Result:
@@ -98,6 +99,27 @@ def test_a_scan_in_two_files_is_processed_again_if_either_has_changed(tmp_path: 
         target = Target(str(tmp_path / "a.hdr"), tmp_path / "out/a.nii.gz")
         process_each([target], write, tmp_path / "out", inputs={}, say=lines.append)
     assert ["there already" in line for line in lines] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_scan_that_cannot_be_read_is_refused_and_the_others_are_processed(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = [Target(str(tmp_path / name), tmp_path / "out" / name) for name in ("a.nii.gz", "b.nii.gz")]
+    (tmp_path / "out").mkdir()
+    for target in targets:
+        put(target.scan, b"content")
+
+    def digest(path: Path) -> str:
+        if str(path) == targets[0].scan:
+            raise error
+        return file_sha256(path)
+
+    monkeypatch.setattr("cluster.outputs.file_sha256", digest)
+    lines: list[str] = []
+    assert len(process_each(targets, write, tmp_path / "out", inputs={}, say=lines.append)) == 1
+    assert f"refused: cannot read {targets[0].scan}: {type(error).__name__}" in lines[0] and "[unreadable]" in lines[0]
+    assert targets[1].path.exists() and not targets[0].path.exists()
 
 
 def put(scan: str, content: bytes) -> None:
