@@ -335,7 +335,7 @@ def _name(key: tuple[Setting, int, str]) -> CellName:
 def _rows_of_run(cells: Cells, names: Sequence[CellName], letter: str) -> list[TrialRow]:
     """Return the rows of some cells under the letter of their run, for statistics."""
     return [
-        row.replaced(protocol=name.protocol, transductive=False, backbone=letter)
+        row.replaced(protocol=name.protocol, transductive=False, corpora=None, backbone=letter)
         for name in names
         for row in cells[name.cell]
     ]
