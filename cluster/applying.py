@@ -25,6 +25,7 @@ from cluster.outputs import (
     is_many,
     list_targets,
     process_each,
+    rows_of_earlier_calls,
 )
 from cluster.patients import KEY, describe_patients, has_keys, list_patients
 from p2r.allocator import keep_freed_memory
@@ -102,7 +103,10 @@ def predict(
         table = Path(output) / "volumes.csv"
         whose = ["scan"] if contrasts is None else ["key", "contrasts"]
         columns = [*whose, "frame", *(f"{name}_ml" for name in model.classes.values())]
-        write_csv(table, columns, [row for result in results for row in result.rows])
+        rows = [row for result in results for row in result.rows]
+        # A call for patients has a column more than one for scans, so only one kind fits into a table.
+        rows += [row for row in rows_of_earlier_calls(targets, Path(output), inputs=inputs) if len(row) == len(columns)]
+        write_csv(table, columns, rows)
         show(f"{len(results)} segmentations and {table}")
         return
     for line in segment(targets[0]).text.split("; "):

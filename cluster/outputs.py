@@ -149,7 +149,9 @@ def check_targets(targets: Sequence[Target]) -> None:
         for file in target.files:
             other = by_path.setdefault(file, target.scan)
             if other != target.scan:
-                raise InputError(f"{other} and {target.scan} would both become {file}: give them in two calls")
+                raise InputError(
+                    f"{other} and {target.scan} would both become {file}: give them in two calls with different output folders"
+                )
             if (scan := read.get(file.resolve())) is not None:
                 raise InputError(f"output {file} would replace the scan {scan}: give another output")
 
@@ -186,7 +188,7 @@ def process_each(
     Raises:
         InputError: No scan can be used.
     """
-    digest = hashlib.sha256(json.dumps(dict(inputs), sort_keys=True).encode()).hexdigest()
+    digest = _digest_of_inputs(inputs)
     known = _read_record(folder / RECORD)
     began, num_new, results, refused = time.monotonic(), 0, list[Result](), 0
     for number, target in enumerate(targets, start=1):
@@ -219,6 +221,29 @@ def process_each(
     if refused == len(targets):
         raise InputError(f"none of the {len(targets)} scans could be used; the lines above say why")
     return results
+
+
+def rows_of_earlier_calls(
+    targets: Sequence[Target], folder: Path, *, inputs: Mapping[str, object]
+) -> list[list[str | int | float]]:
+    """Return the table rows of whole results that the folder has of other scans with the same inputs. Arguments as in `process_each`.
+
+    A scan that has results of several names, such as NIfTI and Zarr, is listed once.
+    """
+    digest, names = _digest_of_inputs(inputs), {target.path.relative_to(folder).as_posix() for target in targets}
+    listed: set[str | int | float] = {target.key or target.scan for target in targets}
+    found: list[list[str | int | float]] = []
+    for name, done in _read_record(folder / RECORD).items():
+        if name in names or done.inputs != digest or not done.rows or done.rows[0][0] in listed:
+            continue
+        if _digest(folder / name) == done.sha256.partition(" ")[0]:
+            listed.add(done.rows[0][0])
+            found += done.rows
+    return found
+
+
+def _digest_of_inputs(inputs: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(dict(inputs), sort_keys=True).encode()).hexdigest()
 
 
 def _scan_sha256(target: Target) -> str:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 
-from cluster.outputs import Result, Target, list_targets, process_each
+from cluster.outputs import Result, Target, list_targets, process_each, rows_of_earlier_calls
 from p2r.data.opening import remote_version
 from p2r.errors import InputError, StorageError
 from p2r.files import file_sha256
@@ -99,6 +99,29 @@ def test_a_scan_in_two_files_is_processed_again_if_either_has_changed(tmp_path: 
         target = Target(str(tmp_path / "a.hdr"), tmp_path / "out/a.nii.gz")
         process_each([target], write, tmp_path / "out", inputs={}, say=lines.append)
     assert ["there already" in line for line in lines] == [False, False, False, True]
+
+
+def test_the_table_keeps_rows_of_other_whole_results_with_the_same_inputs(tmp_path: Path) -> None:
+    scans = [str(tmp_path / f"{letter}.nii.gz") for letter in "abcd"]
+    out = tmp_path / "out"
+    out.mkdir()
+    targets = [Target(scan, out / f"{Path(scan).name}") for scan in scans]
+    inputs, others = {"model": "m"}, {"model": "another"}
+    for scan in scans:
+        put(scan, b"content")
+    process_each([targets[0]], write, out, inputs=others, say=print)
+    process_each(targets[1:], write, out, inputs=inputs, say=print)
+
+    def rows(now: list[Target]) -> list[list[str | int | float]]:
+        return rows_of_earlier_calls(now, out, inputs=inputs)
+
+    assert rows(targets) == []
+    assert rows(targets[:2]) == [[scans[2], 1], [scans[3], 1]]
+    targets[2].path.write_text("edited")
+    assert rows(targets[:2]) == [[scans[3], 1]]
+    targets[3].path.unlink()
+    assert rows(targets[:1]) == [[scans[1], 1]]
+    assert rows([targets[1]._replace(path=out / "b.zarr")]) == [], "the same scan in another form"
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])

@@ -206,6 +206,20 @@ def test_predict_gives_each_of_twelve_classes_the_volume_of_its_own_label(
     assert beside.endswith(": background, " + ", ".join(f"organ {value}" for value in range(1, 13)))
 
 
+def test_the_table_of_volumes_lists_the_segmentations_of_earlier_calls_too(
+    scan: nibabel.Nifti1Image, tmp_path: Path
+) -> None:
+    publish_model(str(tmp_path / "model"))
+    for names in (("a", "b"), ("b", "c")):
+        scans = [str(tmp_path / f"{name}.nii.gz") for name in names]
+        for path in scans:
+            scan.to_filename(path)
+        predict([str(tmp_path / "model")], scans, str(tmp_path / "out"), device="cpu", say=print)
+    header, *rows = (tmp_path / "out/volumes.csv").read_text().splitlines()
+    assert header == "scan,frame,RV_ml,LV_ml"
+    assert [Path(row.split(",")[0]).name for row in rows] == ["b.nii.gz", "c.nii.gz", "a.nii.gz"]
+
+
 def test_an_entry_that_the_manifest_cannot_hold_is_named_and_nothing_is_published(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be published: transductive: Input should be a valid boolean"):
         publish_model(str(tmp_path / "model"), transductive="perhaps")
