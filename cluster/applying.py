@@ -25,6 +25,7 @@ from cluster.outputs import (
     is_many,
     list_targets,
     process_each,
+    rows_of_earlier_calls,
 )
 from cluster.patients import KEY, describe_patients, has_keys, list_patients
 from p2r.allocator import keep_freed_memory
@@ -91,16 +92,21 @@ def predict(
     check_names(list(contrasts or ()), model.config.preparation)
     segment = partial(_segment, model=model, say=say)
     if has_many:
-        inputs = {
+        inputs: dict[str, object] = {
             "models": [one.sha256 for one in model.members],
             "probabilities": has_probabilities,
             "code": __version__,
         }
+        if len(model.classes) > 9:  # rows of earlier versions had the order 1, 10, 2
+            inputs["classes"] = list(model.classes.values())
         results = process_each(targets, segment, Path(output), inputs=inputs, say=say)
         table = Path(output) / "volumes.csv"
         whose = ["scan"] if contrasts is None else ["key", "contrasts"]
         columns = [*whose, "frame", *(f"{name}_ml" for name in model.classes.values())]
-        write_csv(table, columns, [row for result in results for row in result.rows])
+        rows = [row for result in results for row in result.rows]
+        # A call for patients has a column more than one for scans, so only one kind fits into a table.
+        rows += [row for row in rows_of_earlier_calls(targets, Path(output), inputs=inputs) if len(row) == len(columns)]
+        write_csv(table, columns, rows)
         show(f"{len(results)} segmentations and {table}")
         return
     for line in segment(targets[0]).text.split("; "):

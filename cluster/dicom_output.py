@@ -33,6 +33,10 @@ def predict_series(urls: Sequence[str], folder: str, output: str, *, device: str
             f"-o {output}: a DICOM segmentation refers to the images of a series, and {folder} is not a local folder. Give the "
             "folder of a DICOM series, or an output that ends in .nii.gz"
         )
+    if path.expanduser().resolve() in Path(output).resolve().parents:
+        raise InputError(
+            f"-o {output} is in the folder of the series, which would then hold two series: give a file outside {folder}"
+        )
     from p2r.data.dicom_seg import read_series, write_segmentation
     from p2r.evaluate.models import ensemble, load_model
 

@@ -149,18 +149,25 @@ def check_targets(targets: Sequence[Target]) -> None:
         for file in target.files:
             other = by_path.setdefault(file, target.scan)
             if other != target.scan:
-                raise InputError(f"{other} and {target.scan} would both become {file}: give them in two calls")
+                raise InputError(
+                    f"{other} and {target.scan} would both become {file}: give them in two calls with different output folders"
+                )
             if (scan := read.get(file.resolve())) is not None:
                 raise InputError(f"output {file} would replace the scan {scan}: give another output")
 
 
 def _below_common(scan: str, scans: Sequence[str]) -> Path:
-    """Return the folder of a scan below the common folder of the local scans of a list."""
-    local = [path.expanduser().absolute() for one in scans if (path := local_path(one)) is not None]
+    """Return the folder of a scan below the common folder of the local scans of a list; it has no `..`."""
+    folders = [_folder_of(path) for one in scans if (path := local_path(one)) is not None]
     mine = local_path(scan)
-    if mine is None or len(local) < 2:
+    if mine is None or len(folders) < 2:
         return Path()
-    return mine.expanduser().absolute().parent.relative_to(os.path.commonpath([path.parent for path in local]))
+    return _folder_of(mine).relative_to(os.path.commonpath(folders))
+
+
+def _folder_of(path: Path) -> Path:
+    """Return the folder of a path, absolute and without `..`; links are kept."""
+    return Path(os.path.abspath(path.expanduser())).parent  # noqa: PTH100 (Path.absolute keeps `..`)
 
 
 def process_each(
@@ -181,7 +188,7 @@ def process_each(
     Raises:
         InputError: No scan can be used.
     """
-    digest = hashlib.sha256(json.dumps(dict(inputs), sort_keys=True).encode()).hexdigest()
+    digest = _digest_of_inputs(inputs)
     known = _read_record(folder / RECORD)
     began, num_new, results, refused = time.monotonic(), 0, list[Result](), 0
     for number, target in enumerate(targets, start=1):
@@ -216,6 +223,29 @@ def process_each(
     return results
 
 
+def rows_of_earlier_calls(
+    targets: Sequence[Target], folder: Path, *, inputs: Mapping[str, object]
+) -> list[list[str | int | float]]:
+    """Return the table rows of whole results that the folder has of other scans with the same inputs. Arguments as in `process_each`.
+
+    A scan that has results of several names, such as NIfTI and Zarr, is listed once.
+    """
+    digest, names = _digest_of_inputs(inputs), {target.path.relative_to(folder).as_posix() for target in targets}
+    listed: set[str | int | float] = {target.key or target.scan for target in targets}
+    found: list[list[str | int | float]] = []
+    for name, done in _read_record(folder / RECORD).items():
+        if name in names or done.inputs != digest or not done.rows or done.rows[0][0] in listed:
+            continue
+        if _digest(folder / name) == done.sha256.partition(" ")[0]:
+            listed.add(done.rows[0][0])
+            found += done.rows
+    return found
+
+
+def _digest_of_inputs(inputs: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(dict(inputs), sort_keys=True).encode()).hexdigest()
+
+
 def _scan_sha256(target: Target) -> str:
     """Return the digest of a scan, or of the scans of a patient with their contrasts."""
     if target.contrasts:
@@ -225,12 +255,26 @@ def _scan_sha256(target: Target) -> str:
 
 
 def _digest_of_scan(scan: str) -> str:
-    """Return the digests of a scan's files. For a remote file, digest its size and version, which are known without reading it."""
+    """Return the digests of a scan's files. For a remote file, digest its size and version, which are known without reading it.
+
+    Raises:
+        RefusedScan: `unreadable`, for a local file.
+        StorageError: A remote file exists but cannot be fetched.
+    """
     found = ((file, local_path(file)) for file in pair_of(scan) or (scan,))
     return " ".join(
-        hashlib.sha256(remote_version(file).encode()).hexdigest() if path is None else _digest(path.expanduser())
+        hashlib.sha256(remote_version(file).encode()).hexdigest() if path is None else _digest_of_input(path)
         for file, path in found
     )
+
+
+def _digest_of_input(path: Path) -> str:
+    try:
+        return _digest(path.expanduser())
+    except OSError as error:  # one file without permission does not end the whole folder
+        raise RefusedScan(
+            "unreadable", f"cannot read {path}: {type(error).__name__}: {error}; check the path and its permissions"
+        ) from error
 
 
 def _digests(target: Target) -> str:

@@ -17,7 +17,7 @@ from typing import Annotated, Self, overload
 
 import torch
 from numpy.typing import ArrayLike
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ from p2r.artefact_manifest import (
     entry_of,
 )
 from p2r.config import ModelConfig, Section
-from p2r.config.section import is_zero
+from p2r.config.section import in_order, is_zero
 from p2r.contrasts import describe
 from p2r.data.contrasts import ScansLike, scans_from
 from p2r.data.preprocess import Frames, Planes, Preparation, frames_of, planes_of
@@ -76,8 +76,10 @@ class ArtefactConfig(Section):
     """Architecture."""
     preparation: Preparation
     """Preprocessing of a scan."""
-    classes: dict[int, Annotated[str, Field(max_length=200)]] = Field(default_factory=dict, max_length=1000)
-    """Models only: name of each label value; 0 is the background."""
+    classes: Annotated[
+        dict[int, Annotated[str, Field(max_length=200)]], Field(max_length=1000), AfterValidator(in_order)
+    ] = Field(default_factory=dict)
+    """Models only: name of each label value, in the order of the values; 0 is the background."""
     num_prototypes: Annotated[tuple[PositiveInt, ...], Field(max_length=20_000)] = ()
     """Models with a prototype head: number of prototypes of each class, background first; of several clusterings one after another."""
     prototype_clusterings: PositiveInt = Field(default=1, exclude_if=_is_one)

@@ -40,6 +40,11 @@ def Within(low: float, high: float) -> AfterValidator:  # noqa: N802 (used in pl
     return AfterValidator(check)
 
 
+def in_order(names: dict[int, str]) -> dict[int, str]:
+    """Return names of label values in the order of the values: JSON sorts keys as text (1, 10, 2), YAML keeps any order."""
+    return dict(sorted(names.items()))
+
+
 def _check_reference(text: str) -> str:
     try:
         parse_reference(text)

@@ -41,8 +41,8 @@ Shapes: D draws, P test patients, R resamples.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TypedDict
+from dataclasses import dataclass, field
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,9 @@ class _Setting:
     protocol: str
     transductive: bool
     split: str
+    corpora: str = field(
+        default="", repr=False
+    )  # resamples depend on the representation, and are those of earlier versions
 
 
 @dataclass(frozen=True, order=True)
@@ -83,7 +86,7 @@ class _Group:
     def names(self) -> "_Names":
         """Return the fields of `_Entry`."""
         setting = self.setting
-        return {
+        names: _Names = {
             "task": setting.task,
             "protocol": setting.protocol,
             "transductive": setting.transductive,
@@ -91,6 +94,9 @@ class _Group:
             "backbone": self.backbone or None,
             "mode": self.mode,
         }
+        if setting.corpora:
+            names["corpora"] = setting.corpora
+        return names
 
 
 class _Names(TypedDict):
@@ -102,6 +108,7 @@ class _Names(TypedDict):
     split: str
     backbone: str | None
     mode: str
+    corpora: NotRequired[str]
 
 
 class _Entry(JsonModel):
@@ -114,11 +121,8 @@ class _Entry(JsonModel):
     backbone: str | None
     """None if the rows name no backbone."""
     mode: str
-
-    @property
-    def corpora(self) -> str | None:
-        """Always None: entries of unknown corpora count as transductive, like their rows."""
-        return None
+    corpora: str | None = None
+    """`unknown` as in the rows. Reports of earlier versions lack it."""
 
 
 class Interval(_Entry):
@@ -195,8 +199,8 @@ def few_shot_statistics(
     """Compute the statistics of final trials together.
 
     Args:
-        rows: Rows of `report.json`, in any order. Rows with different `protocol`, `transductive`, `split` or `backbone` (a short
-            name, if several are compared) are never mixed.
+        rows: Rows of `report.json`, in any order. Rows with different `protocol`, `transductive`, `corpora`, `split` or `backbone`
+            (a short name, if several are compared) are never mixed.
         seed: Seed of the resamples.
         num_resamples: R.
         confidence: Confidence level of the intervals, in (0, 1).
@@ -343,7 +347,7 @@ def _tabulate(rows: Iterable[TrialRow]) -> dict[_Group, dict[int, Table]]:
             raise DataError(
                 f"row {row.id or row.mode}: dice_by_subject is missing; statistics need rows of final trials"
             )
-        setting = _Setting(row.task, row.protocol, row.transductive, row.split)
+        setting = _Setting(row.task, row.protocol, row.transductive, row.split, row.corpora or "")
         group = _Group(setting, row.backbone or "", row.mode)
         num_labelled, draw = row.num_labelled, (row.draw, tuple(sorted(row.subjects)))
         dice = {subject: found for subject, found in row.dice_by_subject.items() if found is not None}

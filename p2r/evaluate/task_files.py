@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from p2r.config import Fraction, Section
+from p2r.config.section import in_order
 from p2r.contrasts import Contrast, Contrasts, describe
 from p2r.data.folders import files_of, images_below
 from p2r.data.label_maps import label_map_by_name
@@ -85,7 +86,11 @@ class TaskConfig(Section):
     subject_pattern: str = r"^(sub-[A-Za-z0-9]+|[^_.]+)"
     """Regular expression, searched in a scan's file name, then in its path below `images`. Its first group is the patient; all scans of a
     patient belong to one split. Python's syntax; `p2r.patterns` lists the exceptions."""
-    classes: Annotated[dict[PositiveInt, Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=255)]
+    classes: Annotated[
+        dict[PositiveInt, Annotated[str, Field(min_length=1)]],
+        Field(min_length=1, max_length=255),
+        AfterValidator(in_order),
+    ]
     """Name of each foreground label, from 1 on; 0 is the background."""
     splits: Splits | None = None
     """Subjects of each split, by name; or use `split_rule`."""

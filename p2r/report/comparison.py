@@ -335,7 +335,7 @@ def _name(key: tuple[Setting, int, str]) -> CellName:
 def _rows_of_run(cells: Cells, names: Sequence[CellName], letter: str) -> list[TrialRow]:
     """Return the rows of some cells under the letter of their run, for statistics."""
     return [
-        row.replaced(protocol=name.protocol, transductive=False, backbone=letter)
+        row.replaced(protocol=name.protocol, transductive=False, corpora=None, backbone=letter)
         for name in names
         for row in cells[name.cell]
     ]
@@ -355,12 +355,19 @@ def _explain_unpaired(ours: Sequence[TrialRow], theirs: Sequence[TrialRow], our_
     common = sorted(draws[0].keys() & draws[1].keys())
     if not common:
         return "they have no draw in common"
-    if not any(draws[0][draw] == draws[1][draw] for draw in common):
+    alike = [draw for draw in common if draws[0][draw] == draws[1][draw]]
+    if not alike:
         draw = common[0]
         return (
             f"the labelled patients differ: draw {draw} is {_shorten_names(draws[0][draw])} in {our_letter}, "
             f"{_shorten_names(draws[1][draw])} in {their_letter}"
         )
+    scored = [
+        {row.draw: {name for name, dice in row.dice_by_subject.items() if dice is not None} for row in rows}
+        for rows in (ours, theirs)
+    ]
+    if not any(scored[0][draw] & scored[1][draw] for draw in alike):
+        return "no evaluated patient has a Dice in both, in a draw of the same labelled patients"
     return ""
 
 

@@ -267,3 +267,14 @@ def test_a_dicom_series_is_segmented_to_one_file(p2r: P2R, published: dict[str, 
     assert code == 0 and nibabel.load(tmp_path / "out.nii.gz").shape == (18, 20, 8), said
     code, said = p2r("predict", published["model"], tmp_path / "series", "-o", tmp_path / "out")
     assert code == 0 and (tmp_path / "out/series.nii.gz").is_file(), said
+
+
+def test_a_dicom_segmentation_is_not_written_into_the_folder_of_its_series(p2r: P2R, tmp_path: Path) -> None:
+    Series().write(tmp_path / "series")
+    (tmp_path / "link").symlink_to(tmp_path / "series")
+    (tmp_path / "series/made").mkdir()
+    for output in ("series/seg.dcm", "link/seg.dcm", "series/made/seg.dcm"):
+        code, said = p2r("predict", "model", tmp_path / "series", "-o", tmp_path / output)
+        assert code == 2 and f"give a file outside {tmp_path / 'series'}" in said, said
+    code, said = p2r("predict", "model", tmp_path / "series", "-o", tmp_path / "seg.dcm")
+    assert code == 2 and "give a file outside" not in said, said

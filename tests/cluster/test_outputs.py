@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 
-from cluster.outputs import Result, Target, process_each
+from cluster.outputs import Result, Target, list_targets, process_each, rows_of_earlier_calls
 from p2r.data.opening import remote_version
 from p2r.errors import InputError, StorageError
+from p2r.files import file_sha256
 
 
 def write(target: Target) -> Result:
@@ -54,6 +55,22 @@ def test_a_scan_that_has_changed_is_processed_again_wherever_it_is(
             process_each(targets, write, out, inputs={"model": "m"}, say=lines.append)
 
 
+@pytest.mark.parametrize(
+    ("scans", "results"),
+    [
+        (["../x/a.nii.gz", "b.nii.gz"], ["x/a.nii.gz", "work/b.nii.gz"]),
+        (["c/../../x/a.nii.gz", "../../y/b.nii.gz"], ["here/x/a.nii.gz", "y/b.nii.gz"]),
+        (["c/a.nii.gz", "c/../c/d/b.nii.gz", "c/../a.nii.gz"], ["c/a.nii.gz", "c/d/b.nii.gz", "a.nii.gz"]),
+    ],
+)
+def test_results_of_scans_with_dots_in_their_paths_stay_below_the_output(
+    scans: list[str], results: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here/work/c").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here/work")
+    assert [target.path for target in list_targets(scans, "out")] == [Path("out", result) for result in results]
+
+
 @pytest.mark.parametrize("state", [{}, {"Last-Modified": "Mon"}])
 def test_the_version_of_a_web_file_is_its_date_or_unknown(
     monkeypatch: pytest.MonkeyPatch, state: dict[str, str]
@@ -82,6 +99,50 @@ def test_a_scan_in_two_files_is_processed_again_if_either_has_changed(tmp_path: 
         target = Target(str(tmp_path / "a.hdr"), tmp_path / "out/a.nii.gz")
         process_each([target], write, tmp_path / "out", inputs={}, say=lines.append)
     assert ["there already" in line for line in lines] == [False, False, False, True]
+
+
+def test_the_table_keeps_rows_of_other_whole_results_with_the_same_inputs(tmp_path: Path) -> None:
+    scans = [str(tmp_path / f"{letter}.nii.gz") for letter in "abcd"]
+    out = tmp_path / "out"
+    out.mkdir()
+    targets = [Target(scan, out / f"{Path(scan).name}") for scan in scans]
+    inputs, others = {"model": "m"}, {"model": "another"}
+    for scan in scans:
+        put(scan, b"content")
+    process_each([targets[0]], write, out, inputs=others, say=print)
+    process_each(targets[1:], write, out, inputs=inputs, say=print)
+
+    def rows(now: list[Target]) -> list[list[str | int | float]]:
+        return rows_of_earlier_calls(now, out, inputs=inputs)
+
+    assert rows(targets) == []
+    assert rows(targets[:2]) == [[scans[2], 1], [scans[3], 1]]
+    targets[2].path.write_text("edited")
+    assert rows(targets[:2]) == [[scans[3], 1]]
+    targets[3].path.unlink()
+    assert rows(targets[:1]) == [[scans[1], 1]]
+    assert rows([targets[1]._replace(path=out / "b.zarr")]) == [], "the same scan in another form"
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_scan_that_cannot_be_read_is_refused_and_the_others_are_processed(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = [Target(str(tmp_path / name), tmp_path / "out" / name) for name in ("a.nii.gz", "b.nii.gz")]
+    (tmp_path / "out").mkdir()
+    for target in targets:
+        put(target.scan, b"content")
+
+    def digest(path: Path) -> str:
+        if str(path) == targets[0].scan:
+            raise error
+        return file_sha256(path)
+
+    monkeypatch.setattr("cluster.outputs.file_sha256", digest)
+    lines: list[str] = []
+    assert len(process_each(targets, write, tmp_path / "out", inputs={}, say=lines.append)) == 1
+    assert f"refused: cannot read {targets[0].scan}: {type(error).__name__}" in lines[0] and "[unreadable]" in lines[0]
+    assert targets[1].path.exists() and not targets[0].path.exists()
 
 
 def put(scan: str, content: bytes) -> None:

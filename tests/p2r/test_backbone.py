@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster.applying import predict
 from p2r.artefact import open_artefact
 from p2r.artefact_manifest import BackboneManifest, ModelManifest
 from p2r.backbone import (
@@ -27,7 +28,7 @@ from p2r.model.backbones import build_backbone
 from p2r.model.heads import PrototypeHead, SegmentationHead
 from p2r.model.pix2rep import Segmenter
 from p2r.reference import parse_reference
-from p2r.storage import Storage
+from p2r.storage import Storage, json_bytes
 from p2r.tensors import MAX_HEADER_BYTES
 from tests.p2r.artefact.conftest import file_of, put, verify
 from tests.publishing import MODEL, PREPARATION, publish_toy
@@ -70,6 +71,13 @@ def test_a_configuration_writes_only_the_prototype_settings_that_differ_from_the
         "prototypes_are_centred": True,
     }
     assert settings.items() <= config_of(num_prototypes=(2, 1, 1) * 2, **settings).model_dump().items()
+
+
+def test_a_configuration_with_ten_or_more_classes_keeps_them_in_the_order_of_their_values() -> None:
+    config = config_of(classes={value: f"organ {value}" for value in range(1, 13)})
+    read = ArtefactConfig.model_validate(json.loads(json_bytes(config.model_dump(mode="json"))))
+    assert list(read.classes.items()) == [(value, f"organ {value}") for value in range(1, 13)]
+    assert read == config and read.sha256() == config.sha256()
 
 
 @pytest.mark.parametrize(
@@ -142,9 +150,9 @@ def test_a_backbone_of_volumes_prepares_volumes(folder: Path, scan: nibabel.Nift
 # Models
 
 
-def publish_model(url: str, **facts: Any) -> Segmenter:
+def publish_model(url: str, *, classes: Mapping[int, str] = CLASSES, **facts: Any) -> Segmenter:
     """Publish a tiny model, and return what was published."""
-    config = config_of(classes=CLASSES, largest_component=True)
+    config = config_of(classes=classes, largest_component=True)
     segmenter = Segmenter(build_backbone(MODEL), config.head())
     corpora: Mapping[str, Any] = {"licence": "CC0-1.0", "corpora": []}
     made = publish(
@@ -171,6 +179,45 @@ def test_a_model_loads_as_it_was_published_and_is_not_taken_for_a_backbone(folde
     for load, other in ((load_backbone, url), (load_model, str(folder))):
         with pytest.raises(CheckpointError, match="has format 'p2r-"):
             load(other)
+
+
+def test_predict_gives_each_of_twelve_classes_the_volume_of_its_own_label(
+    scan: nibabel.Nifti1Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_model(str(tmp_path / "model"), classes={value: f"organ {value}" for value in range(1, 13)})
+    scan.to_filename(tmp_path / "scan.nii.gz")
+    output = tmp_path / "labels.nii.gz"
+    predict(
+        [str(tmp_path / "model")],
+        [str(tmp_path / "scan.nii.gz")],
+        str(output),
+        has_probabilities=True,
+        device="cpu",
+        say=print,
+    )
+    *volumes, _, beside = capsys.readouterr().out.splitlines()
+    labels = np.asarray(nibabel.load(output).dataobj)
+    ml = {value: float(np.sum(labels == value)) * 0.032 for value in range(1, 13)}
+    for value, line in enumerate(volumes, start=1):
+        name, volume = line.split(": ")
+        assert name == f"{value} organ {value}" and float(volume.removesuffix(" ml")) == pytest.approx(
+            ml[value], abs=0.051
+        )
+    assert beside.endswith(": background, " + ", ".join(f"organ {value}" for value in range(1, 13)))
+
+
+def test_the_table_of_volumes_lists_the_segmentations_of_earlier_calls_too(
+    scan: nibabel.Nifti1Image, tmp_path: Path
+) -> None:
+    publish_model(str(tmp_path / "model"))
+    for names in (("a", "b"), ("b", "c")):
+        scans = [str(tmp_path / f"{name}.nii.gz") for name in names]
+        for path in scans:
+            scan.to_filename(path)
+        predict([str(tmp_path / "model")], scans, str(tmp_path / "out"), device="cpu", say=print)
+    header, *rows = (tmp_path / "out/volumes.csv").read_text().splitlines()
+    assert header == "scan,frame,RV_ml,LV_ml"
+    assert [Path(row.split(",")[0]).name for row in rows] == ["b.nii.gz", "c.nii.gz", "a.nii.gz"]
 
 
 def test_an_entry_that_the_manifest_cannot_hold_is_named_and_nothing_is_published(tmp_path: Path) -> None:

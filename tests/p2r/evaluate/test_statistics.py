@@ -25,7 +25,7 @@ from p2r.evaluate.resampling import (
     signed_rank_p,
 )
 from p2r.evaluate.rows import rows_of
-from p2r.evaluate.statistics import few_shot_statistics
+from p2r.evaluate.statistics import Statistics, few_shot_statistics
 from p2r.randomness import keyed_generator
 
 
@@ -285,19 +285,32 @@ def test_incomparable_rows_are_kept_apart() -> None:
     others: list[dict[str, Any]] = [
         {"protocol": "paper_compat"},
         {"transductive": True},
+        {"transductive": True, "corpora": "unknown"},
         {"task": "hippocampus"},
         {"split": "validation"},
     ]
     alone = statistics_of(rows, seed=0)
     together = statistics_of(rows + [{**r, **change} for change in others for r in rows], seed=0)
-    assert len(together["intervals"]) == 5 * len(alone["intervals"])
-    assert len(together["differences"]) == 5 * len(alone["differences"])
+    assert len(together["intervals"]) == 6 * len(alone["intervals"])
+    assert len(together["differences"]) == 6 * len(alone["differences"])
     assert all(entry in together["intervals"] for entry in alone["intervals"])
-    assert {(entry["protocol"], entry["transductive"]) for entry in together["intervals"]} == {
-        ("leak_free", False),
-        ("paper_compat", False),
-        ("leak_free", True),
+    assert {(e["protocol"], e["transductive"], e.get("corpora")) for e in together["intervals"]} == {
+        ("leak_free", False, None),
+        ("paper_compat", False, None),
+        ("leak_free", True, None),
+        ("leak_free", True, "unknown"),
     }
+
+
+def test_unknown_corpora_are_named_and_change_no_figure() -> None:
+    rows = [{**r, "transductive": True} for r in table(modes={"scratch": 0.0, "fine_tune": 0.1})]
+    expected = statistics_of(rows, seed=0)
+    found = statistics_of([{**r, "corpora": "unknown"} for r in rows], seed=0)
+    for part in ("intervals", "differences", "label_efficiency"):
+        assert found[part] == [{**entry, "corpora": "unknown"} for entry in expected[part]]
+        assert not any("corpora" in entry for entry in expected[part])
+    earlier = Statistics.model_validate(expected)
+    assert earlier.intervals[0].corpora is None
 
 
 def test_without_scratch_every_pair_of_modes_is_compared() -> None:

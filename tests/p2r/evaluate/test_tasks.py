@@ -246,6 +246,16 @@ def test_a_tasks_digest_tells_what_decides_figures_and_nothing_else(make_task: M
         assert task_sha256(make_task(**change)) != digest
 
 
+def test_classes_in_any_order_are_read_in_the_order_of_their_labels(make_task: MakeTask) -> None:
+    digest = task_sha256(make_task())
+    path = make_task()
+    text = path.read_text()
+    path.write_text(text.replace("  1: bright\n  2: brightest\n", "  2: brightest\n  1: bright\n"))
+    assert path.read_text() != text
+    assert list(load_task(path).config.classes.items()) == [(1, "bright"), (2, "brightest")]
+    assert task_sha256(path) == digest
+
+
 def test_label_maps_may_have_a_suffix_of_their_own_in_the_same_folder(
     tmp_path: Path, task_of: Callable[..., Task]
 ) -> None:

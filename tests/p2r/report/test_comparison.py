@@ -134,6 +134,19 @@ def test_other_test_patients_are_shown_unpaired_by_name(two: Any, tmp_path: Path
     )
 
 
+def test_results_without_a_patient_who_has_a_dice_in_both_are_shown_unpaired(two: Any, tmp_path: Path) -> None:
+    for number, rows in enumerate(two):
+        for row in rows:
+            dice = row["dice_by_subject"]
+            for patient in sorted(dice)[number::2] if row["num_labelled"] == 5 else ():
+                dice[patient] = None
+    comparison = compared(tmp_path, *two)
+    assert {one["num_labelled"] for one in comparison["differences"]} == {1}
+    assert {(one["num_labelled"], one["reason"]) for one in comparison["unpaired"]} == {
+        (5, "no evaluated patient has a Dice in both, in a draw of the same labelled patients")
+    }
+
+
 @pytest.mark.parametrize("changes", [{"protocol": "paper_compat"}, {"split": "validation"}, {"transductive": True}])
 def test_protocols_and_splits_are_never_mixed(make_rows: MakeRows, tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"these reports have no result in common.*never mixed"):

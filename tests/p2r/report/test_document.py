@@ -312,6 +312,17 @@ def test_protocols_are_kept_apart_and_named_everywhere(make_rows: MakeRows, tmp_
             assert [label in "".join(picture.itertext()) for label in labels] == [one == label for one in labels], kind
 
 
+def test_rows_of_unknown_corpora_have_intervals_and_differences_of_their_own(
+    make_rows: MakeRows, tmp_path: Path
+) -> None:
+    few: dict[str, Any] = {"numbers": (1,), "num_patients": 2, "transductive": True}
+    written(tmp_path, make_rows(**few, corpora="unknown") + make_rows(**few, gain=0.3, seed=1))
+    for kind, words in (("few-shot", "band: 95 %"), ("differences", "95 %")):
+        for label in ("corpora-unknown", "transductive"):
+            picture = ET.parse(tmp_path / f"pictures/{kind}-acdc-{label}.svg").getroot()
+            assert words in "".join(picture.itertext()), (kind, label)
+
+
 def test_hostile_names_are_names(make_rows: MakeRows, tmp_path: Path) -> None:
     rows = make_rows(task=HOSTILE, classes=(HOSTILE, "LV"), modes=("scratch", HOSTILE), numbers=(1,))
     for row in rows:
