@@ -19,6 +19,7 @@ import p2r
 from docs.drawings import DRAWINGS
 from docs.reference_pages import PAGES, commands_page, docstring_lines, job_page
 from p2r.evaluate.task_files import TaskConfig
+from p2r.job import read_job
 
 ROOT = Path(__file__).parent.parent
 PAGES_OF_THE_REPOSITORY = [
@@ -137,6 +138,16 @@ def test_every_key_of_a_yaml_block_is_a_key_of_a_job_or_of_a_task(block: str) ->
         assert field_at(path) is not None, ".".join(path)
 
 
+@pytest.mark.parametrize("block", [block for block in code_blocks("yaml") if "finetune:" in str(block.values[0])])
+def test_a_job_takes_every_block_of_fine_tuning_as_it_stands(block: str, tmp_path: Path) -> None:
+    values = yaml.safe_load(block)
+    finetune = {"backbone": "s3://bucket/backbones/brain/1", "tasks": ["task.yaml"], **values["finetune"]}
+    (tmp_path / "job.yaml").write_text(
+        yaml.safe_dump({"kind": "finetune", "name": "x", **values, "finetune": finetune})
+    )
+    read_job(tmp_path / "job.yaml")
+
+
 def test_every_key_that_a_page_names_is_a_key_of_a_job() -> None:
     sections = "|".join(
         name for name, field in SCHEMA["properties"].items() if any("properties" in e for e in expanded(field))
@@ -213,6 +224,29 @@ def test_the_version_is_in_one_place(repository: Path) -> None:
     assert re.fullmatch(rf"{re.escape(version)}, \d{{4}}-\d{{2}}-\d{{2}}", headings[1])
     for page in (repository / "README.md", *DOCS):
         assert set(re.findall(r"p2r-(\d+\.\d+\.\d+)-py3", page.read_text())) <= {version}
+
+
+def test_nobody_is_told_to_install_p2r_from_an_index() -> None:
+    """PyPI's project called p2r is another one."""
+    told = re.compile(r"pip install (?:-\S+ )*[\"']?p2r(?![\w-])")
+    assert told.search("pip install -U 'p2r[onnx]'") and not told.search(
+        "pip install 'dist/p2r-0.1.0-py3-none-any.whl'"
+    )
+    folders = ("p2r", "cluster", "docs", "jobs", "infra", "examples", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path != Path(__file__)]
+    texts = {".py", ".md", ".yaml", ".yml", ".ipynb", ".sh", ""}
+    files = [path for path in files if path.is_file() and path.suffix in texts] + [
+        *ROOT.glob("*.md"),
+        ROOT / "Makefile",
+    ]
+    assert len(files) > 300
+    assert [name_of(path) for path in files if told.search(path.read_text(errors="ignore"))] == []
+
+
+def test_the_page_of_the_installation_names_every_extra() -> None:
+    table = (ROOT / "docs/how-to/install.md").read_text().split("## Extras\n")[1].split("\n## ")[0]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\|([^|]+)\|", table, re.MULTILINE)))) == set(extras)
 
 
 def test_the_site_builds_and_loads_nothing_from_other_hosts(tmp_path: Path) -> None:
