@@ -226,6 +226,27 @@ def test_the_version_is_in_one_place(repository: Path) -> None:
         assert set(re.findall(r"p2r-(\d+\.\d+\.\d+)-py3", page.read_text())) <= {version}
 
 
+def test_the_commands_that_lay_out_public_data_make_the_files_that_the_tasks_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs/reference/data.md").read_text()
+    for name in ("ACDC/training/patient001/patient001_frame01", "Task04_Hippocampus/imagesTr/hippocampus_001"):
+        path = tmp_path / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True)
+        path.write_text("scan")
+    (tmp_path / "ACDC/training/patient001/patient001_frame01_gt.nii.gz").write_text("label")
+    (tmp_path / "ACDC/training/patient001/patient001_4d.nii.gz").write_text("cine")
+    (tmp_path / "Task04_Hippocampus/labelsTr").mkdir()
+    (tmp_path / "Task04_Hippocampus/labelsTr/hippocampus_001.nii.gz").write_text("label")
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        subprocess.run(["sh", "-euc", block.replace("/data/", f"{tmp_path}/data/")], cwd=tmp_path, check=True)
+    made = {str(path.relative_to(tmp_path)): path.read_text() for path in (tmp_path / "data").rglob("*.gz")}
+    assert made == {
+        "data/acdc/images/patient001_frame01.nii.gz": "scan",
+        "data/acdc/labels/patient001_frame01.nii.gz": "label",
+        "data/msd_hippocampus/images/hippocampus_001.nii.gz": "scan",
+        "data/msd_hippocampus/labels/hippocampus_001.nii.gz": "label",
+    }
+
+
 def test_nobody_is_told_to_install_p2r_from_an_index() -> None:
     """PyPI's project called p2r is another one."""
     told = re.compile(r"pip install (?:-\S+ )*[\"']?p2r(?![\w-])")
