@@ -18,8 +18,11 @@ import yaml
 import p2r
 from docs.drawings import DRAWINGS
 from docs.reference_pages import PAGES, commands_page, docstring_lines, job_page
+from p2r.cache import cache_folder
+from p2r.evaluate import prepared
 from p2r.evaluate.task_files import TaskConfig
 from p2r.job import read_job
+from p2r.retries import S3Settings
 
 ROOT = Path(__file__).parent.parent
 PAGES_OF_THE_REPOSITORY = [
@@ -142,10 +145,26 @@ def test_every_key_of_a_yaml_block_is_a_key_of_a_job_or_of_a_task(block: str) ->
 def test_a_job_takes_every_block_of_fine_tuning_as_it_stands(block: str, tmp_path: Path) -> None:
     values = yaml.safe_load(block)
     finetune = {"backbone": "s3://bucket/backbones/brain/1", "tasks": ["task.yaml"], **values["finetune"]}
-    (tmp_path / "job.yaml").write_text(
-        yaml.safe_dump({"kind": "finetune", "name": "x", **values, "finetune": finetune})
-    )
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"kind": "finetune", "name": "x", "finetune": finetune}))
     read_job(tmp_path / "job.yaml")
+
+
+def test_a_job_that_a_page_shows_in_full_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2R_CORPUS", "s3://bucket/runs/corpus/corpus")
+    jobs = [block.values[0] for block in code_blocks("yaml") if "kind:" in str(block.values[0])]
+    assert jobs
+    for number, text in enumerate(jobs):
+        (tmp_path / f"{number}.yaml").write_text(str(text))
+        read_job(tmp_path / f"{number}.yaml")
+
+
+def test_the_page_of_variables_states_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/reference/storage.md").read_text()
+    monkeypatch.delenv("P2R_CACHE", raising=False)
+    assert f"default: `~/{cache_folder().relative_to(Path.home())}`" in page
+    assert f"frozen features, GiB; default: {prepared._DEFAULT_GIB} |" in page
+    times = S3Settings()
+    assert f"fails repeatedly ({times.deadline_s:g} s), of a silent answer ({times.read_timeout_s:g} s)" in page
 
 
 def test_every_key_that_a_page_names_is_a_key_of_a_job() -> None:
