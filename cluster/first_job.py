@@ -392,7 +392,7 @@ def _write_drafts(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> 
 
 
 def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> list[str]:
-    """Return the three commands to run after `p2r init`."""
+    """Return the commands to run after `p2r init`. Every file that one of them reads is there already, or an earlier one writes it."""
     job, files = (
         targets["job"],
         " ".join(str(targets[kind]) for kind in ("job", "task") if kind == "job" or drafts.task),
@@ -407,12 +407,15 @@ def next_commands(targets: Mapping[str, Path], drafts: Drafts, found: Found) -> 
     scan = shlex.quote(f"{contrasts}=" * bool(contrasts) + (found.names.test or found.names.scans)[0].path)
     written = read_job(job, unset={})
     storage = shlex.quote(written.storage.removeprefix("file://"))
-    last = (
-        f"p2r predict {storage}/models/{written.name}/all {scan} -o segmentation.nii.gz"
+    after = (
+        [f"p2r predict {storage}/models/{written.name}/all {scan} -o segmentation.nii.gz"]
         if drafts.task
-        else f"p2r embed {storage}/backbones/{written.name}/1 {scan} -o features.nii.gz"
+        else [  # the job only pretrains
+            f"p2r publish {job}",
+            f"p2r embed {storage}/backbones/{written.name}/1 {scan} -o features.nii.gz",
+        ]
     )
-    return [*([given] if given else []), f"p2r validate {files}", f"p2r run {job}", last]
+    return [*([given] if given else []), f"p2r validate {files}", f"p2r run {job}", *after]
 
 
 def _add_tile(found: Found, volume: Volume | None, below: str, line: str, *, is_refused: bool = False) -> None:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from p2r.counters import Counters
 from p2r.downloads import limit_size
-from p2r.errors import DamagedError, InputError, StorageError
+from p2r.errors import DamagedError, InputError, StorageError, how_to_install
 from p2r.retries import RetryBudget, S3Settings
 from p2r.s3 import ObjectFacts
 
@@ -358,6 +358,6 @@ def _import_client() -> Any:
         if (error.name or "").partition(".")[0] != "obstore":
             raise
         raise InputError(
-            "gs:// and az:// need the package obstore, which is not installed here: pip install 'p2r[clouds]'"
+            f"gs:// and az:// need the package obstore, which is not installed here: {how_to_install('clouds')}"
         ) from None
     return obstore

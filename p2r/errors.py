@@ -94,9 +94,15 @@ def missing_package(error: ModuleNotFoundError, *, what: str) -> InputError | No
     if package in ("", "p2r", "cluster"):
         return None
     return InputError(
-        f"{what} needs the package {package}, which is not installed here: pip install 'p2r[cluster]', or make install in a clone. "
-        "`pip install p2r` only supports embed, predict, inspect and verify of backbones and models, p2r.load_backbone and p2r.load_model"
+        f"{what} needs the package {package}, which is not installed here: {how_to_install('cluster')}. "
+        "Without that extra, p2r only supports embed, predict, inspect and verify of backbones and models, p2r.load_backbone and "
+        "p2r.load_model"
     )
+
+
+def how_to_install(extra: str) -> str:
+    """Return how to add an extra of p2r, for a message. It names no package index: PyPI's project called p2r is another one."""
+    return f"install p2r again with its extra '{extra}', from where you installed it (in a clone: pip install -e '.[{extra}]')"
 
 
 def error_text(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from p2r.documents import read_json
-from p2r.errors import DamagedError, InputError, StorageError
+from p2r.errors import DamagedError, InputError, StorageError, how_to_install
 
 SCHEME = "hf://"
 MANIFEST = "manifest.json"
@@ -93,7 +93,7 @@ def import_client() -> Any:
         if (error.name or "").partition(".")[0] != "huggingface_hub":
             raise
         raise InputError(
-            "hf:// needs the package huggingface_hub, which is not installed here: pip install 'p2r[hub]'"
+            f"hf:// needs the package huggingface_hub, which is not installed here: {how_to_install('hub')}"
         ) from None
     return huggingface_hub
 

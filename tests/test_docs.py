@@ -18,7 +18,11 @@ import yaml
 import p2r
 from docs.drawings import DRAWINGS
 from docs.reference_pages import PAGES, commands_page, docstring_lines, job_page
+from p2r.cache import cache_folder
+from p2r.evaluate import prepared
 from p2r.evaluate.task_files import TaskConfig
+from p2r.job import read_job
+from p2r.retries import S3Settings
 
 ROOT = Path(__file__).parent.parent
 PAGES_OF_THE_REPOSITORY = [
@@ -137,6 +141,32 @@ def test_every_key_of_a_yaml_block_is_a_key_of_a_job_or_of_a_task(block: str) ->
         assert field_at(path) is not None, ".".join(path)
 
 
+@pytest.mark.parametrize("block", [block for block in code_blocks("yaml") if "finetune:" in str(block.values[0])])
+def test_a_job_takes_every_block_of_fine_tuning_as_it_stands(block: str, tmp_path: Path) -> None:
+    values = yaml.safe_load(block)
+    finetune = {"backbone": "s3://bucket/backbones/brain/1", "tasks": ["task.yaml"], **values["finetune"]}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"kind": "finetune", "name": "x", "finetune": finetune}))
+    read_job(tmp_path / "job.yaml")
+
+
+def test_a_job_that_a_page_shows_in_full_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2R_CORPUS", "s3://bucket/runs/corpus/corpus")
+    jobs = [block.values[0] for block in code_blocks("yaml") if "kind:" in str(block.values[0])]
+    assert jobs
+    for number, text in enumerate(jobs):
+        (tmp_path / f"{number}.yaml").write_text(str(text))
+        read_job(tmp_path / f"{number}.yaml")
+
+
+def test_the_page_of_variables_states_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/reference/storage.md").read_text()
+    monkeypatch.delenv("P2R_CACHE", raising=False)
+    assert f"default: `~/{cache_folder().relative_to(Path.home())}`" in page
+    assert f"frozen features, GiB; default: {prepared._DEFAULT_GIB} |" in page
+    times = S3Settings()
+    assert f"fails repeatedly ({times.deadline_s:g} s), of a silent answer ({times.read_timeout_s:g} s)" in page
+
+
 def test_every_key_that_a_page_names_is_a_key_of_a_job() -> None:
     sections = "|".join(
         name for name, field in SCHEMA["properties"].items() if any("properties" in e for e in expanded(field))
@@ -213,6 +243,50 @@ def test_the_version_is_in_one_place(repository: Path) -> None:
     assert re.fullmatch(rf"{re.escape(version)}, \d{{4}}-\d{{2}}-\d{{2}}", headings[1])
     for page in (repository / "README.md", *DOCS):
         assert set(re.findall(r"p2r-(\d+\.\d+\.\d+)-py3", page.read_text())) <= {version}
+
+
+def test_the_commands_that_lay_out_public_data_make_the_files_that_the_tasks_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs/reference/data.md").read_text()
+    for name in ("ACDC/training/patient001/patient001_frame01", "Task04_Hippocampus/imagesTr/hippocampus_001"):
+        path = tmp_path / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True)
+        path.write_text("scan")
+    (tmp_path / "ACDC/training/patient001/patient001_frame01_gt.nii.gz").write_text("label")
+    (tmp_path / "ACDC/training/patient001/patient001_4d.nii.gz").write_text("cine")
+    (tmp_path / "Task04_Hippocampus/labelsTr").mkdir()
+    (tmp_path / "Task04_Hippocampus/labelsTr/hippocampus_001.nii.gz").write_text("label")
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        subprocess.run(["sh", "-euc", block.replace("/data/", f"{tmp_path}/data/")], cwd=tmp_path, check=True)
+    made = {str(path.relative_to(tmp_path)): path.read_text() for path in (tmp_path / "data").rglob("*.gz")}
+    assert made == {
+        "data/acdc/images/patient001_frame01.nii.gz": "scan",
+        "data/acdc/labels/patient001_frame01.nii.gz": "label",
+        "data/msd_hippocampus/images/hippocampus_001.nii.gz": "scan",
+        "data/msd_hippocampus/labels/hippocampus_001.nii.gz": "label",
+    }
+
+
+def test_nobody_is_told_to_install_p2r_from_an_index() -> None:
+    """PyPI's project called p2r is another one."""
+    told = re.compile(r"pip install (?:-\S+ )*[\"']?p2r(?![\w-])")
+    assert told.search("pip install -U 'p2r[onnx]'") and not told.search(
+        "pip install 'dist/p2r-0.1.0-py3-none-any.whl'"
+    )
+    folders = ("p2r", "cluster", "docs", "jobs", "infra", "examples", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path != Path(__file__)]
+    texts = {".py", ".md", ".yaml", ".yml", ".ipynb", ".sh", ""}
+    files = [path for path in files if path.is_file() and path.suffix in texts] + [
+        *ROOT.glob("*.md"),
+        ROOT / "Makefile",
+    ]
+    assert len(files) > 300
+    assert [name_of(path) for path in files if told.search(path.read_text(errors="ignore"))] == []
+
+
+def test_the_page_of_the_installation_names_every_extra() -> None:
+    table = (ROOT / "docs/how-to/install.md").read_text().split("## Extras\n")[1].split("\n## ")[0]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\|([^|]+)\|", table, re.MULTILINE)))) == set(extras)
 
 
 def test_the_site_builds_and_loads_nothing_from_other_hosts(tmp_path: Path) -> None:

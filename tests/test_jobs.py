@@ -14,6 +14,7 @@ import yaml
 from p2r.job import JOB_VARIABLES, json_schema, read_job
 
 JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
+TASKS = sorted((Path(__file__).parent.parent / "jobs/tasks").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +40,13 @@ def test_every_job_is_valid_executable_and_documented(path: Path) -> None:
 
 
 def test_jobs_read_no_variable_that_is_not_listed_and_have_no_default_for_any() -> None:
-    for path in (*JOBS, *(JOBS[0].parent / "tasks").glob("*.yaml")):
+    for path in (*JOBS, *TASKS):
         for name, default in re.findall(r"\$\{(\w+)(:-[^}]*)?\}", path.read_text()):
             assert name in {"P2R_DATA", *JOB_VARIABLES} and not default, f"{path.name}: {name}{default}"
 
 
 def test_the_settings_of_every_documented_command_are_accepted(repository: Path) -> None:
-    pages = [*JOBS, *repository.glob("jobs/*.md"), *repository.glob("docs/**/*.md"), repository / "README.md"]
+    pages = [*JOBS, *TASKS, *repository.glob("jobs/*.md"), *repository.glob("docs/**/*.md"), repository / "README.md"]
     found = 0
     for page in pages:
         text = page.read_text().replace("\\\n", "")
@@ -57,6 +58,41 @@ def test_the_settings_of_every_documented_command_are_accepted(repository: Path)
             read_job(repository / job, settings)
             found += 1
     assert found > 10
+
+
+@pytest.mark.parametrize("path", [*JOBS, *TASKS], ids=lambda path: path.stem)
+def test_a_command_in_a_head_gives_every_variable_that_its_job_reads(
+    path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("P2R_DATA", *JOB_VARIABLES):
+        monkeypatch.delenv(name)
+    commands = re.findall(
+        r"^#(.*)(p2r run|p2r submit|ray job submit) (?:-.* -- )?(jobs/[\w-]+\.yaml)(.*)", path.read_text(), re.M
+    )
+    for before, _, job, arguments in commands:
+        settings = [word.strip("'") for word in re.findall(r"--set ('[^']*'|\S+)", arguments)]
+        needed: dict[str, str] = {}
+        read = read_job(repository / job, tuple(settings), unset=needed)
+        texts = [
+            Path(task).read_text() for task in (read.finetune.tasks if read.finetune else ()) if Path(task).exists()
+        ]
+        names = {*needed, *re.findall(r"^[^#]*\$\{(\w+)\}", "\n".join(texts), re.M)}
+        assert names <= set(re.findall(r"(\w+)=", before)), f"{job}{arguments}"
+        assert "/runs/" not in before or "P2R_STORAGE=" in before, (
+            "where the backbone is, and where an earlier command wrote it"
+        )
+
+
+def test_every_documented_publication_names_a_job_that_publishes(repository: Path) -> None:
+    pages = [*JOBS, *repository.glob("jobs/*.md"), *repository.glob("docs/**/*.md"), repository / "README.md"]
+    found = [one for page in pages for one in re.findall(r"p2r publish (jobs/[\w-]+\.yaml)([^`\n]*)", page.read_text())]
+    assert len(found) > 3
+    for path, arguments in found:
+        words = list(itertools.pairwise(shlex.split(arguments, comments=True)))
+        job = read_job(repository / path, tuple(word for option, word in words if option == "--set"))
+        assert job.publish is not None and job.pretrain is not None, path
+        for step in [int(word) for option, word in words if option == "--step"]:
+            assert step <= job.pretrain.steps and step % job.pretrain.checkpoint_interval == 0, path
 
 
 def test_the_committed_schema_is_current(repository: Path) -> None:

@@ -79,6 +79,17 @@ def test_every_storage_that_it_names_is_made_by_a_job_that_it_names(repository: 
     assert set(re.findall(r"p2r-runs/([\w-]+)", everything)) <= {*jobs, *given, "mine"}
 
 
+def test_every_backbone_and_model_of_a_job_that_it_names_is_made_by_that_job(repository: Path) -> None:
+    found = set(re.findall(r"~/p2r-runs/([\w-]+)/(backbones|models)/([\w-]+)", "\n".join(TEXTS)))
+    assert len(found) > 3
+    made = {("mine", "backbones", "mine"), ("mine", "models", "mine")}  # `p2r init mine`
+    for path in (repository / "jobs").glob("*.yaml"):
+        job = yaml.safe_load(path.read_text())
+        made |= {(job["name"], "models", Path(task).stem) for task in job.get("finetune", {}).get("tasks", ())}
+        made |= {(job["name"], "backbones", job["publish"]["name"])} if "publish" in job else set()
+    assert found <= made
+
+
 def test_the_tree_is_the_tree(repository: Path) -> None:
     block = README.split("## The tree\n")[1].split("\n## ")[0]
     folder = ""

@@ -43,7 +43,7 @@ def init(
     provenance: Annotated[str | None, typer.Option(help="Origin of the data, and how to cite them.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write the first job and task for your own scans, and print the next three commands."""
+    """Write the first job and task for your own scans, and print the next commands."""
     from cluster import first_job
 
     first_job.init(

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from p2r.config import IngestConfig
 from p2r.data.names import SUFFIXES, local_path
 from p2r.data.volume import Volume, read_volume, volume_of
-from p2r.errors import DataError, InputError, RefusedScan
+from p2r.errors import DataError, InputError, RefusedScan, how_to_install
 
 ScanLike = str | Path | Volume | Any
 """A path or URL, a `Volume`, an image of nibabel, MONAI or TorchIO, or an array or tensor with spacing or affine."""
@@ -116,7 +116,7 @@ def _read_path(scan: str | Path) -> Volume:
         from p2r.data.read import read_scan
         from p2r.data.scans import find_scans
     except ModuleNotFoundError as error:
-        raise InputError(f"{path}: reading a folder or DICOM needs {error.name}: pip install 'p2r[cluster]'") from None
+        raise InputError(f"{path}: reading a folder or DICOM needs {error.name}: {how_to_install('cluster')}") from None
     try:
         with tempfile.TemporaryDirectory(prefix="p2r-scan-") as cache:
             found = find_scans([str(path)], cache=Path(cache))

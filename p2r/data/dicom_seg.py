@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from p2r.data.dicom import converted, group_by_series, is_dicom, join_slices
 from p2r.data.volume import Volume, read_volume
-from p2r.errors import InputError, RefusedScan
+from p2r.errors import InputError, RefusedScan, how_to_install
 from p2r.files import replacing
 from p2r.version import __version__
 
@@ -142,7 +142,7 @@ def _import_packages() -> tuple[Any, Any]:
         import pydicom.sr.codedict
     except ModuleNotFoundError as error:
         raise InputError(
-            f"a DICOM segmentation needs the package {error.name}, which is not installed here: pip install 'p2r[dicom-seg]'"
+            f"a DICOM segmentation needs the package {error.name}, which is not installed here: {how_to_install('dicom-seg')}"
         ) from None
     return highdicom, pydicom
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from p2r.errors import InputError
+from p2r.errors import InputError, how_to_install
 from p2r.exports import EXPORTS, Export, ExportName, reason_against
 from p2r.files import expanded
 
@@ -129,7 +129,7 @@ def _import(found: Export) -> Any:
         if package in ("", "p2r") or found.extra is None:
             raise
         raise InputError(
-            f"the {found.title} needs the package {package}, which is not installed here: pip install 'p2r[{found.extra}]'"
+            f"the {found.title} needs the package {package}, which is not installed here: {how_to_install(found.extra)}"
         ) from None
 
 

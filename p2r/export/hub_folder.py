@@ -113,7 +113,8 @@ def write_card(source: Source, *, address: str, picture: FileEntry | None = None
     published = _CODE.sub("", f"{source.card.strip()}\n")
     contrasts = source.preparation.contrasts
     scans = " ".join(f"{name}={name}.nii.gz" for name in contrasts or ()) or "scan.nii.gz"
-    command = f"\np2r predict {address} {scans} -o segmentation.nii.gz" if source.is_model else ""
+    command = "predict" if source.is_model else "embed"
+    result = "segmentation" if source.is_model else "features"
     use = "model.predict" if source.is_model else "backbone.features"
     return f"""---
 {matter}---
@@ -121,8 +122,10 @@ def write_card(source: Source, *, address: str, picture: FileEntry | None = None
 {published}
 {_write_results(source)}{curves}## Use
 
+With p2r and its extra `hub`, installed from p2r's own source (the package p2r on PyPI is another project):
+
 ```sh
-pip install 'p2r[hub]'{command}
+p2r {command} {address} {scans} -o {result}.nii.gz
 ```
 
 ```python

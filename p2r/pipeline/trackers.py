@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from p2r.errors import InputError
+from p2r.errors import InputError, how_to_install
 from p2r.storage import Storage
 
 _MAX_PARAMETERS = 200
@@ -206,8 +206,8 @@ def check_packages(names: Sequence[str]) -> None:
     missing = [TRACKERS[name][0] for name in names if find_spec(TRACKERS[name][0]) is None]
     if missing:
         raise InputError(
-            f"trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: pip install 'p2r[trackers]', or leave "
-            "the tracker out"
+            f"trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: {how_to_install('trackers')}, "
+            "or leave the tracker out"
         )
 
 

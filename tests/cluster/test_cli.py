@@ -317,7 +317,7 @@ def test_a_command_that_needs_more_than_the_core_says_what_to_install(
     words = ["p2r", *(word.format(**published) for word in arguments)]
     done = in_core(f"sys.argv = {words!r}\nfrom cluster.cli import main\nsys.exit(main())\n")
     assert done.returncode == 2
-    assert f"needs the package {package}" in done.stderr and "pip install 'p2r[cluster]'" in done.stderr
+    assert f"needs the package {package}" in done.stderr and "install p2r again with its extra 'cluster'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

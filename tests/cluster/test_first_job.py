@@ -330,6 +330,33 @@ def test_scans_without_labels_make_a_job_that_pretrains(tmp_path: Path, p2r: P2R
     assert not Path("mine/task.yaml").exists()
 
 
+@pytest.mark.parametrize("num_labelled", [0, 3])
+def test_too_few_label_maps_for_a_task_print_commands_that_lead_to_features(
+    num_labelled: int, tmp_path: Path, p2r: P2R, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every printed command as it stands; the run in this process, and small."""
+    monkeypatch.setenv("P2R_STORAGE", str(tmp_path / "runs"))
+    for number in range(6):
+        write(tmp_path / f"data/images/p{number}.nii.gz", seed=number)
+        if number < num_labelled:
+            write(tmp_path / f"data/labels/p{number}.nii.gz", seed=None)
+    code, said = p2r("init", "mine", "--scans", tmp_path / "data", *STATED)
+    assert code == 0 and "the job only pretrains" in said, said
+    job = Path("mine/job.yaml")
+    text = re.sub(r"  image: .*", "  image: {spacing_mm: 2.0, size: 32}", job.read_text())
+    text = re.sub(r"  model: .*", "  model: {channels: [4, 4, 8, 8, 8], feature_channels: 4, head_channels: 8}", text)
+    job.write_text(text.replace("  steps: 300", "  steps: 2").replace("  global_batch: 16", "  global_batch: 4"))
+    commands = [shlex.split(line)[1:] for line in said.split("next:\n")[1].splitlines() if line.strip()]
+    assert [words[0] for words in commands] == ["validate", "run", "publish", "embed"]
+    for words in commands:
+        if words[0] == "run":
+            p2r_run(words[1], say=lambda line: None)
+        else:
+            code, said = p2r(*words)
+            assert code == 0, said
+    assert Path("features.nii.gz").exists()
+
+
 def test_a_layout_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     _two_folders(tmp_path / "data")
     with pytest.raises(DataError, match=r"no dataset\.json"):

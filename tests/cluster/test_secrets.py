@@ -90,7 +90,7 @@ def test_ray_s_logs_hold_no_secret_of_an_error(ray_cluster: None) -> None:
 def test_a_worker_reads_a_private_repository_of_a_hub_with_the_driver_s_token(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install 'p2r[hub]'")
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install -e '.[hub]'")
     commit, url = "a" * 40, "hf://org/private"
     with fake_hub() as hub:
         hub.repositories["org/private"] = Repository(

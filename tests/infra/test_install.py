@@ -272,13 +272,13 @@ def run_core(*words: object) -> subprocess.CompletedProcess[str]:
 def test_without_the_extra_a_job_says_what_to_install(words: str) -> None:
     done = run_core(*words.split())
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "which is not installed here: pip install 'p2r[cluster]'" in done.stderr
+    assert "which is not installed here: install p2r again with its extra 'cluster'" in done.stderr
 
 
 def test_without_the_extra_p2r_run_in_python_says_what_to_install() -> None:
     done = run_core("-c", "import p2r; p2r.load_backbone, p2r.load_model; p2r.run")
     assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: p2r.run needs the package")
-    assert "pip install 'p2r[cluster]'" in done.stderr
+    assert "install p2r again with its extra 'cluster'" in done.stderr
 
 
 def test_without_the_extra_artefacts_are_inspected_and_verified(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.cloud_servers import (
 from tests.fault_proxy import Fault, FaultProxy
 from tests.publishing import publish_toy
 
-pytest.importorskip("obstore", reason="pip install 'p2r[clouds]'")
+pytest.importorskip("obstore", reason="pip install -e '.[clouds]'")
 CONTENT = np.random.default_rng(0).bytes(2**20)
 NAME = "run #1? & more/@stable.json"
 
@@ -182,7 +182,9 @@ def test_a_backbone_is_published_promoted_and_loaded_again_without_its_storage(
 
 def test_a_bucket_without_its_package_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
-    with pytest.raises(InputError, match=r"gs:// and az:// need the package obstore.*pip install 'p2r\[clouds\]'"):
+    with pytest.raises(
+        InputError, match=r"gs:// and az:// need the package obstore.*install p2r again with its extra 'clouds'"
+    ):
         Storage("gs://bucket/run")
     with pytest.raises(StorageError, match="names no bucket: write az://BUCKET/PREFIX"):
         Storage("az://")

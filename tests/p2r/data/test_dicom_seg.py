@@ -10,7 +10,7 @@ from p2r.data.dicom_seg import DicomScan, read_series, write_segmentation
 from p2r.errors import InputError, RefusedScan
 from tests.dicom_cases import Series
 
-hd: Any = pytest.importorskip("highdicom", reason="highdicom is not installed: pip install 'p2r[dicom-seg]'")
+hd: Any = pytest.importorskip("highdicom", reason="highdicom is not installed: pip install -e '.[dicom-seg]'")
 
 
 @pytest.fixture

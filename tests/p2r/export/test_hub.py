@@ -24,7 +24,7 @@ from tests.fake_hub import TOKEN, Hub, Repository, fake_hub
 from tests.p2r.artefact.test_artefact import to_version_1
 
 huggingface_hub = pytest.importorskip(
-    "huggingface_hub", reason="huggingface_hub is not installed: pip install 'p2r[hub]'"
+    "huggingface_hub", reason="huggingface_hub is not installed: pip install -e '.[hub]'"
 )
 Publish = Callable[..., str]
 
@@ -240,6 +240,7 @@ def test_the_card_has_front_matter_that_the_hubs_client_reads(published: dict[st
     assert data.license == "cc0-1.0"
     card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
     assert "\np2r predict hf://ORG/NAME scan.nii.gz -o" in card and published["storage"] not in card
+    assert "pip install" not in card
     assert re.search(r"\n\| DISC \| [0-9.]+ \|", card)
     assert data.library_name == "p2r"
     assert data.pipeline_tag == "image-segmentation"
@@ -276,6 +277,6 @@ def test_without_the_client_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     real: Any = sys.modules["huggingface_hub"]
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"pip install 'p2r\[hub\]'"):
+    with pytest.raises(InputError, match=r"install p2r again with its extra 'hub'"):
         load_backbone("hf://team/brain")
     assert real is huggingface_hub

@@ -16,8 +16,8 @@ from p2r.errors import InputError
 from p2r.evaluate.models import load_model as load_predictor
 from p2r.export import export
 
-onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'p2r[onnx]'")
-pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'p2r[onnx]'")
+onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[onnx]'")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install -e '.[onnx]'")
 Publish = Callable[..., str]
 
 
@@ -78,7 +78,7 @@ def test_without_its_package_the_extra_is_named(
 
     monkeypatch.delitem(sys.modules, "p2r.export.onnx_file", raising=False)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(InputError, match=r"needs the package onnx, .* pip install 'p2r\[onnx\]'"):
+    with pytest.raises(InputError, match=r"needs the package onnx, .* install p2r again with its extra 'onnx'"):
         export(publish_toy("unet"), to="onnx", folder=tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 

@@ -220,7 +220,9 @@ def test_settings_without_paths_are_sent_and_a_missing_package_is_named(
         assert sent["pretrain.steps"] == "6" and not [value for value in sent.values() if "/" in value]
     monkeypatch.setitem(TRACKERS, "mlflow", ("no_such_package", Recorder))
     with (
-        pytest.raises(InputError, match=r"trackers: no_such_package is not installed: pip install 'p2r\[trackers\]'"),
+        pytest.raises(
+            InputError, match=r"trackers: no_such_package is not installed: install p2r again with its extra 'trackers'"
+        ),
         tracked(job, Storage(job.storage), lambda text: None),
     ):
         pass
