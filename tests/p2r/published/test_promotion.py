@@ -1,6 +1,7 @@
 """Pointers: followed to a pin, moved by one of several writers, refused by name; hostile documents do no harm."""
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -153,8 +154,8 @@ def test_a_damaged_version_is_never_promoted(tmp_path: Path) -> None:
 
 def test_the_limits_of_health_are_those_of_the_alert(repository: Path) -> None:
     rule = (repository / "infra/prometheus/generate.py").read_text()
-    assert f"p2r_embedding_effective_rank) < {promotion.MIN_EFFECTIVE_RANK:g} " in rule
-    assert f"p2r_embedding_dead_dimensions_ratio) > {promotion.MAX_DEAD_DIMENSIONS:g}" in rule
+    assert re.search(rf"p2r_embedding_effective_rank\b[^<>]*< {promotion.MIN_EFFECTIVE_RANK:g}\b", rule)
+    assert re.search(rf"p2r_embedding_dead_dimensions_ratio\b[^<>]*> {promotion.MAX_DEAD_DIMENSIONS:g}\b", rule)
 
 
 def test_latest_names_what_was_published_last_also_after_a_publisher_died_before_it_moved_it(tmp_path: Path) -> None:
