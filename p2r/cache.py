@@ -189,9 +189,8 @@ class ShardCache:
         try:
             with os.fdopen(handle, "r+b", closefd=False) as file:
                 storage.fetch(path, file, sha256=sha256, num_bytes=num_bytes)
-            os.fsync(
-                handle
-            )  # the file already has its final size: after a power failure nothing would tell that it is empty
+            # The file already has its final size, so after a power failure nothing would show that its content is missing.
+            os.fsync(handle)
             with (
                 self._lock_folder()
             ):  # a concurrent count must find the file under one of its names, and nothing may evict it

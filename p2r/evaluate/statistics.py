@@ -70,9 +70,8 @@ class _Setting:
     protocol: str
     transductive: bool
     split: str
-    corpora: str = field(
-        default="", repr=False
-    )  # resamples depend on the representation, and are those of earlier versions
+    # Seeds of the resamples depend on the representation. Without this field, they stay those of earlier versions.
+    corpora: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, order=True)

@@ -60,7 +60,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         InputError: The folder cannot be used.
     """
-    if "://" in str(folder) or _URL.match(str(folder)):
+    if _URL.match(str(folder)):
         raise InputError(
             f"-o {folder}: an export is written to a folder of this machine; give a path, and copy the folder"
         )

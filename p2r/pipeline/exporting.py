@@ -57,7 +57,7 @@ def write_exports(config: PublishConfig, storage: Storage, published: Published[
 
 
 def sign_exports(config: PublishConfig, storage: Storage, published: Published[Manifest]) -> None:
-    """Copy the signature of a backbone, which is made after its exports, into those that hold its manifest."""
+    """Copy the signature of a backbone into each of its exports with a manifest: it is made after them."""
     version_storage = Storage(published.url)
     for where in _folders(config, storage, version_storage).values():
         _copy_signature(version_storage, where)
